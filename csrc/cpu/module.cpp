@@ -1,0 +1,13 @@
+// diffusion_runtime._C: one m.def per op, nothing else.
+#include "sample_tokens.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "C++ kernels for CPU tensors. Call them through diffusion_runtime.ops.";
+  m.def("instruction_sets", &diffusion_runtime::instruction_sets, "Those that can run here, the fastest first.");
+  m.def("sample_tokens", &diffusion_runtime::sample_tokens_cpu, py::arg("logits"), py::arg("masked"),
+        py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
+        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("ids"), py::arg("statistics"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+}

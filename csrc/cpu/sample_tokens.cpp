@@ -1,0 +1,119 @@
+#include "sample_tokens.h"
+
+#include "sample_row.h"
+
+namespace diffusion_runtime {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool usable;
+  RowSample (*sample_row)(const Row&);
+};
+
+// Best first. Every feature that a unit was compiled with is asked for.
+const std::vector<InstructionSet>& all_instruction_sets() {
+  static const std::vector<InstructionSet> sets = {
+#ifndef DIFFUSION_RUNTIME_PORTABLE_ONLY
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("avx2"),
+       avx512::sample_row},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0,
+       avx2::sample_row},
+#endif
+      {"portable", true, portable::sample_row},
+  };
+  return sets;
+}
+
+const InstructionSet& find_instruction_set(const std::string& name) {
+  for (const InstructionSet& set : all_instruction_sets())
+    if (set.usable && name == set.name) return set;
+  throw std::invalid_argument("the instruction set " + name + " cannot run here");
+}
+
+LogitType logit_type(DType dtype) {
+  switch (dtype) {
+    case DType::Float32: return LogitType::Float32;
+    case DType::Float16: return LogitType::Float16;
+    case DType::BFloat16: return LogitType::BFloat16;
+    default:
+      check(false, "sample_tokens: logits must be float32, float16 or bfloat16, got ", dtype);
+      return LogitType::Float32;
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : all_instruction_sets())
+    if (set.usable) names.emplace_back(set.name);
+  return names;
+}
+
+void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>& masked,
+                       const RowArgument<float>& temperature, const RowArgument<std::int64_t>& seed,
+                       const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
+                       const RowArgument<float>& statistics_temperature, float softcap, const TensorView& ids,
+                       const TensorView& statistics, const std::string& instruction_set) {
+  const InstructionSet& set = find_instruction_set(instruction_set);
+  check(logits.is_cpu(), "sample_tokens: logits must be on the CPU");
+  check(logits.ndim() == 3 && logits.size(2) > 0 && (logits.size(2) == 1 || logits.stride(2) == 1),
+        "sample_tokens: logits must be [outer, inner, vocab] with stride 1 along vocab, got ", logits.shape());
+  const std::int64_t inner = logits.size(1), rows = logits.size(0) * inner, vocab = logits.size(2);
+  check(vocab < (std::int64_t{1} << 31), "sample_tokens: vocab must be below 2^31, got ", vocab);
+  const std::int64_t element_bytes = logits.dtype() == DType::Float32 ? 4 : 2;
+  const LogitType type = logit_type(logits.dtype());
+
+  const auto temperatures = row_setting("temperature", temperature, logits, rows);
+  const auto seeds = row_setting("seed", seed, logits, rows);
+  const auto steps = row_setting("step", step, logits, rows);
+  const auto statistics_temperatures = row_setting("statistics_temperature", statistics_temperature, logits, rows);
+  if (masked) check_rows("masked", *masked, logits, rows);
+  if (position) check_rows("position", *position, logits, rows);
+  check_rows("ids", ids, logits, 2 * rows);
+  check_rows("statistics", statistics, logits, 5 * rows);
+  const bool* is_masked = masked ? masked->data<const bool>() : nullptr;
+  const auto* positions = position ? position->data<const std::int64_t>() : nullptr;
+  auto* const token = ids.data<std::int64_t>();
+  auto* const result = statistics.data<float>();
+  const char* const first = static_cast<const char*>(logits.raw_data());
+  const std::int64_t outer_bytes = logits.stride(0) * element_bytes, inner_bytes = logits.stride(1) * element_bytes;
+
+  const auto run_row = [&](std::int64_t r, RowPart* parts) {
+    RowSample sample{-1, -1, {0, 0, 0, 0, 0}};
+    if (is_masked == nullptr || is_masked[r]) {
+      const float t = temperatures[r];
+      Row row{first + r / inner * outer_bytes + r % inner * inner_bytes,
+              type,
+              vocab,
+              {scale_of_temperature(statistics_temperatures[r]), t > 0 ? scale_of_temperature(t) : 0, softcap},
+              {0, 0},
+              parts};
+      if (t > 0) {
+        const std::int64_t at = positions != nullptr ? positions[r] : r % inner;
+        row.uniforms = philox_uniforms(static_cast<std::uint64_t>(seeds[r]), static_cast<std::uint32_t>(at),
+                                       static_cast<std::uint32_t>(steps[r]), kDrawToken);
+      }
+      sample = set.sample_row(row);
+    }
+    token[r] = sample.token;
+    token[rows + r] = sample.argmax;
+    const RowResult& s = sample.statistics;
+    const float values[] = {s.logprob, s.confidence, s.margin, s.entropy, s.logsumexp};
+    for (int i = 0; i < 5; ++i) result[i * rows + r] = values[i];
+  };
+
+  constexpr std::int64_t kWorthThreads = 1 << 15;  // logits; below, starting threads costs more than the work
+#pragma omp parallel if (rows > 1 && rows * vocab > kWorthThreads)
+  {
+    std::vector<RowPart> parts(static_cast<std::size_t>((vocab + kChunk - 1) / kChunk));
+#pragma omp for schedule(dynamic)
+    for (std::int64_t r = 0; r < rows; ++r) run_row(r, parts.data());
+  }
+}
+
+}  // namespace diffusion_runtime

@@ -1,0 +1,77 @@
+// Vector for AVX2 with FMA and F16C: 8 floats. The functions are those of simd_portable.h, which says what each means.
+#pragma once
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace diffusion_runtime::avx2 {
+namespace {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Vector {
+  static constexpr int kWidth = 8;
+  __m256 v;
+  static Vector all(float x) { return {_mm256_set1_ps(x)}; }
+};
+
+inline Vector operator+(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vector operator-(Vector a, Vector b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vector operator*(Vector a, Vector b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vector operator/(Vector a, Vector b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vector max(Vector a, Vector b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vector min(Vector a, Vector b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vector abs(Vector a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline Vector copy_sign(Vector size, Vector sign) {
+  return {_mm256_or_ps(size.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}
+inline Vector select_less(Vector a, Vector b, Vector yes, Vector no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline Vector round(Vector a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vector times_power(Vector a, Vector n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+
+inline __m256 widen(__m128i x, BFloat16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+inline __m256 widen(__m128i x, Float16) { return _mm256_cvtph_ps(x); }
+
+inline Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
+template <class Half>
+inline Vector load(const Half* p) {
+  return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{})};
+}
+inline void store(float* p, Vector a) { _mm256_storeu_ps(p, a.v); }
+template <class T>
+inline Vector load_first(const T* p, int count) {
+  alignas(32) T some[8] = {};
+  memcpy(some, p, sizeof(T) * count);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i wanted = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes);
+  return {_mm256_blendv_ps(_mm256_set1_ps(-INFINITY), load(some).v, _mm256_castsi256_ps(wanted))};
+}
+
+inline float first_lane(Vector a) { return _mm256_cvtss_f32(a.v); }
+inline float reduce_add(Vector a) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline int first_equal(Vector a, Vector b) {
+  const int equal = _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));
+  return equal ? __builtin_ctz(static_cast<unsigned>(equal)) : -1;
+}
+
+}  // namespace
+}  // namespace diffusion_runtime::avx2

@@ -1,0 +1,74 @@
+// Vector for AVX-512 (F, BW, DQ, VL): 16 floats. The functions are those of simd_portable.h, which says what each
+// means.
+#pragma once
+
+// GCC 12 warns of its own header's placeholders for lanes that no instruction reads.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+
+namespace diffusion_runtime::avx512 {
+namespace {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Vector {
+  static constexpr int kWidth = 16;
+  __m512 v;
+  static Vector all(float x) { return {_mm512_set1_ps(x)}; }
+};
+
+inline Vector operator+(Vector a, Vector b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vector operator-(Vector a, Vector b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vector operator*(Vector a, Vector b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vector operator/(Vector a, Vector b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vector max(Vector a, Vector b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vector min(Vector a, Vector b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vector abs(Vector a) { return {_mm512_abs_ps(a.v)}; }
+inline Vector copy_sign(Vector size, Vector sign) {
+  return {_mm512_or_ps(size.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.0f)))};
+}
+inline Vector select_less(Vector a, Vector b, Vector yes, Vector no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
+}
+inline Vector round(Vector a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vector times_power(Vector a, Vector n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+inline __m512 widen(__m256i x, BFloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline __m512 widen(__m256i x, Float16) { return _mm512_cvtph_ps(x); }
+
+inline Vector load(const float* p) { return {_mm512_loadu_ps(p)}; }
+template <class Half>
+inline Vector load(const Half* p) {
+  return {widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{})};
+}
+inline __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
+inline Vector load_first(const float* p, int count) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first_lanes(count), p)};
+}
+template <class Half>
+inline Vector load_first(const Half* p, int count) {
+  const __mmask16 lanes = first_lanes(count);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, widen(_mm256_maskz_loadu_epi16(lanes, p), Half{}))};
+}
+inline void store(float* p, Vector a) { _mm512_storeu_ps(p, a.v); }
+
+inline float first_lane(Vector a) { return _mm512_cvtss_f32(a.v); }
+inline float reduce_add(Vector a) { return _mm512_reduce_add_ps(a.v); }
+inline int first_equal(Vector a, Vector b) {
+  const __mmask16 equal = _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
+  return equal ? __builtin_ctz(equal) : -1;
+}
+
+}  // namespace
+}  // namespace diffusion_runtime::avx512

@@ -1,0 +1,28 @@
+"""Root mean square normalisation (Zhang and Sennrich, 2019, equation 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension.
+
+    The mean and the division are in float32, the result is rounded to the dtype of ``x`` *before* it is multiplied
+    by ``weight``, as OLMo, LLaDA and Llama do; ``torch.nn.RMSNorm`` rounds after, and differs in bfloat16.
+
+    Args:
+        size: the last dimension of the input.
+        eps: added to the mean of squares.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., size]`` in, the same shape and dtype out."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight

@@ -1,0 +1,37 @@
+"""Rotary position embedding (Su et al., 2021), in the two-halves layout of GPT-NeoX, Llama and LLaDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``position * theta ** (-2 i / head_dim)``.
+
+    Args:
+        length: positions 0 to ``length - 1``.
+        head_dim: even.
+        theta: the base of the wavelengths.
+
+    Returns:
+        two ``[length, head_dim / 2]`` float32 tensors.
+    """
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate element ``i`` with element ``i + head_dim / 2`` by the angle of its position.
+
+    Args:
+        x: ``[batch, heads, length, head_dim]``. The rotation is in float32 (float64 for float64 input), rounded once.
+        table: of :func:`rotary_table`, for the same ``length`` and ``head_dim``.
+
+    Returns:
+        the shape and dtype of ``x``.
+    """
+    cos, sin = table
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

@@ -1,0 +1,78 @@
+"""What ops on rows of logits share: settings that are one value or one per row, and rows as the kernels see them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Setting = Tensor | float | int  # a tensor is contiguous [rows]
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """``[..., vocab]`` as ``[outer, inner, vocab]``, ``inner`` the last leading dimension, with stride 1 along vocab.
+
+    A view for every slice of a batch; a copy only if the vocabulary is strided or three or more leading dimensions
+    do not merge.
+    """
+    inner = logits.shape[-2] if logits.ndim > 1 else 1
+    rows = logits.detach().reshape(math.prod(logits.shape[:-2]), inner, logits.shape[-1])
+    return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
+
+
+def float_setting(name: str, value: Tensor | float, logits: Tensor, *, zero: bool) -> Tensor | float:
+    """A finite temperature, positive or (if ``zero``) 0; float32 where it is a tensor.
+
+    The values of a tensor are checked on the CPU only: elsewhere that would synchronise.
+    """
+    if isinstance(value, Tensor):
+        rows = _per_row(name, value, logits, torch.float32)
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            valid = rows.isfinite() & ((rows >= 0) if zero else (rows > 0))
+            if not valid.all():
+                _raise(name, float(rows[~valid][0]), zero=zero)
+        return rows
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        _raise(name, value, zero=zero)
+    return float(value)
+
+
+def int_setting(name: str, value: Tensor | int, logits: Tensor, bits: int) -> Tensor | int:
+    """An integer of at most ``bits`` bits (64: signed or unsigned, kept as signed), or an int64 tensor."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {value.dtype}")
+        return _per_row(name, value, logits, torch.int64)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
+    low = -(2**63) if bits == 64 else 0
+    if not low <= value < 2**bits:
+        raise ValueError(f"{name} must be in [{low}, 2^{bits}), got {value}")
+    return value - 2**64 if value >= 2**63 else value
+
+
+def mask_setting(name: str, value: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A bool tensor broadcastable to the leading shape of the logits, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    return _per_row(name, value, logits, torch.bool)
+
+
+def _per_row(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, but {name} is on {value.device}")
+    leading = logits.shape[:-1]
+    try:
+        expanded = value.detach().expand(leading)
+    except RuntimeError:
+        raise ValueError(f"{name} must broadcast to {tuple(leading)}, got {tuple(value.shape)}") from None
+    return expanded.to(dtype).reshape(-1).contiguous()
+
+
+def _raise(name: str, value: float, *, zero: bool) -> None:
+    raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0, got {value}")

@@ -1,0 +1,195 @@
+"""The denoising loop: forward, sample, commit, until nothing is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_runtime import ops
+from diffusion_runtime.decoding import POLICIES, Canvas, Policy, Rule, linear_quotas
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one denoising step did."""
+
+    index: int  # counts the forwards of the whole run, from 0
+    block: slice  # the canvas, in the sequence
+    tokens: Tensor  # [batch, length] int64 after this step; a copy
+    commit_mask: Tensor  # [batch, length] bool: the positions that this step decided
+    samples: ops.TokenSamples  # [batch, block length]; token -1 where nothing was masked
+
+
+class Denoiser:
+    """Fills masked positions of token sequences with a model, step by step.
+
+    Args:
+        model: a module, or any callable, from ``[batch, length]`` int64 tokens to ``[batch, length, vocab]`` logits, or
+            to an object that has them as ``.logits``. Its logits are the loop's to change. It runs as it is: put it
+            into evaluation mode if it has one that matters.
+        policy: what a step commits: a name of :data:`diffusion_runtime.decoding.POLICIES`, a
+            :class:`~diffusion_runtime.decoding.Policy`, or a rule of your own (which is then scheduled).
+        num_steps: forwards in all, split evenly over the blocks that hold masked positions, of which it must be a
+            multiple. None: one position per forward in the row that has most. A policy without a schedule takes None
+            only.
+        block_length: blocks are decided one after the other, from the left. None: everything is one block. The last
+            block may be shorter.
+        temperature: 0 takes the most probable token; above, tokens are drawn. Confidences stay those at temperature 1.
+        mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
+        backend: of :func:`diffusion_runtime.ops.sample_tokens`.
+
+    A row depends on its own tokens and seed alone, never on its neighbours in the batch, as far as the model's own
+    arithmetic does not depend on the shape of its batch.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        *,
+        policy: str | Policy | Rule = "low_confidence",
+        num_steps: int | None = None,
+        block_length: int | None = None,
+        temperature: float = 0.0,
+        mask_token_id: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if isinstance(policy, str):
+            if policy not in POLICIES:
+                raise ValueError(f"unknown policy {policy!r}; expected one of {', '.join(POLICIES)}")
+            policy = POLICIES[policy]
+        self.policy = policy if isinstance(policy, Policy) else Policy(policy)
+        for name, value in (("num_steps", num_steps), ("block_length", block_length)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if num_steps is not None and not self.policy.scheduled:
+            raise ValueError(f"the policy decides itself when it is done: num_steps must be None, got {num_steps}")
+        if mask_token_id is None:
+            mask_token_id = getattr(model, "mask_token_id", None)
+            if mask_token_id is None:
+                raise ValueError("mask_token_id is needed: the model has no attribute of that name")
+        self.model = model
+        self.num_steps = num_steps
+        self.block_length = block_length
+        self.temperature = temperature
+        self.mask_token_id = mask_token_id
+        self.backend = backend
+
+    def generate(self, tokens: Tensor, *, max_new_tokens: int, seed: Tensor | int = 0) -> Tensor:
+        """Append ``max_new_tokens`` tokens to each prompt.
+
+        Args:
+            tokens: ``[batch, length]`` int64 prompts without masked positions.
+            max_new_tokens: at least 1.
+            seed: of every row, or ``[batch]`` int64: one for each. Equal prompts with equal seeds get equal answers.
+
+        Returns:
+            ``[batch, length + max_new_tokens]`` int64.
+        """
+        return self._last(self.stream(tokens, max_new_tokens=max_new_tokens, seed=seed))
+
+    def infill(self, tokens: Tensor, *, seed: Tensor | int = 0) -> Tensor:
+        """Fill every position that holds the mask token; the others never change.
+
+        Args:
+            tokens: ``[batch, length]`` int64, not written to.
+            seed: as in :meth:`generate`.
+
+        Returns:
+            ``[batch, length]`` int64.
+        """
+        return self._last(self.stream(tokens, seed=seed), default=tokens)
+
+    @torch.no_grad()
+    def stream(self, tokens: Tensor, *, max_new_tokens: int | None = None, seed: Tensor | int = 0) -> Iterator[Step]:
+        """Yield a :class:`Step` after each forward: of :meth:`generate`, or without ``max_new_tokens`` of infill."""
+        origin = 0 if max_new_tokens is None else tokens.shape[-1]
+        tokens = self._canvas_tokens(tokens, max_new_tokens)
+        seeds = self._seeds(seed, tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        blocks = self._blocks(tokens == self.mask_token_id, origin)
+        index = 0
+        for block in blocks:
+            num_masked = (tokens[:, block] == self.mask_token_id).sum(1)
+            quotas = linear_quotas(num_masked, self._steps_of_block(num_masked, len(blocks)))
+            for quota in quotas:
+                canvas = Canvas(tokens[:, block] == self.mask_token_id, quota, position[block], seeds, index)
+                if not self.policy.scheduled and not canvas.masked.any():
+                    break
+                samples = self._sample(tokens, block, canvas)
+                commit_mask = self.policy.rule(samples, canvas) & canvas.masked
+                committed = torch.where(commit_mask, samples.token, tokens[:, block])
+                tokens = tokens.clone()  # the tensor of the previous Step stays as it was
+                tokens[:, block] = committed
+                yield Step(index, block, tokens, self._widen(commit_mask, block, tokens), samples)
+                index += 1
+
+    def _sample(self, tokens: Tensor, block: slice, canvas: Canvas) -> ops.TokenSamples:
+        output = self.model(tokens)
+        logits = getattr(output, "logits", output)
+        if logits.shape[:2] != tokens.shape or logits.ndim != 3:
+            raise ValueError(
+                f"the model must give logits [{tokens.shape[0]}, {tokens.shape[1]}, vocab], got {tuple(logits.shape)}"
+            )
+        logits = logits[:, block]
+        if self.mask_token_id < logits.shape[-1]:
+            logits[..., self.mask_token_id] = -torch.inf  # a committed mask token would stay undecided for ever
+        return ops.sample_tokens(
+            logits,
+            temperature=self.temperature,
+            seed=canvas.seed,
+            position=canvas.position,
+            step=canvas.step,
+            masked=canvas.masked,
+            backend=self.backend,
+        )
+
+    def _canvas_tokens(self, tokens: Tensor, max_new_tokens: int | None) -> Tensor:
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens must be [batch, length] int64, got {tuple(tokens.shape)} {tokens.dtype}")
+        if max_new_tokens is None:
+            return tokens
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if (tokens == self.mask_token_id).any():
+            raise ValueError(f"the prompt holds the mask token {self.mask_token_id}; infill fills masked positions")
+        return torch.nn.functional.pad(tokens, (0, max_new_tokens), value=self.mask_token_id)
+
+    def _seeds(self, seed: Tensor | int, tokens: Tensor) -> Tensor:
+        if isinstance(seed, int):
+            seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=tokens.device).expand(len(tokens))
+        if seed.dtype != torch.int64 or seed.shape != tokens.shape[:1]:
+            raise ValueError(f"seed must be an int or [{len(tokens)}] int64, got {tuple(seed.shape)} {seed.dtype}")
+        return seed[:, None]
+
+    def _blocks(self, masked: Tensor, origin: int) -> list[slice]:
+        """The blocks of a grid that begins at ``origin`` in which any row has masked positions."""
+        end = masked.shape[1]
+        length = self.block_length or end - origin
+        columns = (masked.any(0).nonzero()[:, 0] - origin).tolist()
+        starts = sorted({origin + column // length * length for column in columns})
+        return [slice(start, min(start + length, end)) for start in starts]
+
+    def _steps_of_block(self, num_masked: Tensor, num_blocks: int) -> int:
+        if self.num_steps is None:
+            return int(num_masked.max())
+        if self.num_steps % num_blocks:
+            raise ValueError(f"num_steps must be a multiple of the {num_blocks} blocks, got {self.num_steps}")
+        return self.num_steps // num_blocks
+
+    @staticmethod
+    def _widen(commit_mask: Tensor, block: slice, tokens: Tensor) -> Tensor:
+        wide = torch.zeros_like(tokens, dtype=torch.bool)
+        wide[:, block] = commit_mask
+        return wide
+
+    @staticmethod
+    def _last(steps: Iterator[Step], default: Tensor | None = None) -> Tensor:
+        tokens = None if default is None else default.clone()
+        for step in steps:
+            tokens = step.tokens
+        assert tokens is not None, "generate has at least one masked position"
+        return tokens

@@ -1,10 +1,30 @@
 """Fused kernels and a thin denoising loop for diffusion language models."""
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from diffusion_runtime import ops
-from diffusion_runtime.denoiser import Denoiser, Step
-from diffusion_runtime.loading import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Denoiser", "Step", "load", "ops"]
-__version__ = version("diffusion-runtime")
+if TYPE_CHECKING:
+    from diffusion_runtime import ops
+    from diffusion_runtime.denoiser import Denoiser, Step
+    from diffusion_runtime.loading import load
+
+    __version__: str
+
+__all__ = ["Denoiser", "Step", "__version__", "load", "ops"]
+
+_HOMES = {"Denoiser": "denoiser", "Step": "denoiser", "load": "loading"}
+
+
+def __getattr__(name: str) -> Any:
+    # on first use, so that the command line answers --help without waiting for torch
+    if name in _HOMES:
+        return getattr(import_module(f"diffusion_runtime.{_HOMES[name]}"), name)
+    if name == "ops":
+        return import_module("diffusion_runtime.ops")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("diffusion-runtime")
+    raise AttributeError(f"module 'diffusion_runtime' has no attribute {name!r}")

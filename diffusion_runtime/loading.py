@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffusion_runtime.models import MODELS
 
@@ -47,11 +48,20 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
         parsed = config_class.from_dict(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / _CONFIG}: {error}") from error
-    with torch.device("meta"):
+    with torch.device("meta"), _SkipInitialisation():
         model = model_class(parsed)
     weights = _read_weights(folder, model.state_dict(), dtype, torch.device(device))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """The weights are about to be replaced; to initialise them on the meta device takes seconds of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _folder(path: str | Path) -> Path:

@@ -117,8 +117,9 @@ def sample_tokens(
         ids, statistics = run(rows)
         if logits.device.type == "cpu" or _CHECKED:
             _check_distributions(rows, ids, logits.shape[:-1])
-    token, argmax = (x.view(logits.shape[:-1]) for x in ids)
-    logprob, confidence, margin, entropy, logsumexp = (x.view(logits.shape[:-1]) for x in statistics)
+    leading = logits.shape[:-1]
+    token, argmax = ids.view(2, *leading).unbind()
+    logprob, confidence, margin, entropy, logsumexp = statistics.view(5, *leading).unbind()
     return TokenSamples(token, logprob, argmax, confidence, margin, entropy, logsumexp)
 
 

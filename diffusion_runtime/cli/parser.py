@@ -1,0 +1,204 @@
+"""The options of every command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any, NoReturn
+
+from diffusion_runtime.cli.errors import CommandError
+
+# Written here a second time because importing them would import torch; the tests hold both to be the same.
+POLICIES = ("low_confidence", "random", "topk_margin", "entropy", "threshold")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+_EXAMPLES = """\
+examples:
+  diffusion-runtime demo
+  diffusion-runtime demo --puzzles 5 --policy topk_margin
+  diffusion-runtime solve puzzles.txt --json
+  diffusion-runtime generate 'The capital of France is' --model ./LLaDA-8B-Base
+  diffusion-runtime infill 'The capital of [MASK:2] is Paris.' --model ./LLaDA-8B-Base
+  diffusion-runtime doctor
+
+exit codes: 0 done, 1 a puzzle was not solved, 2 bad input or usage,
+3 something is missing (model, extra, backend)"""
+
+_SOLVE = """\
+A PUZZLE is 81 characters, row by row, with . or 0 for a blank; or a file; or -
+for standard input. A file holds one puzzle on each line, or grids of nine lines
+apart by blank lines, or both; # begins a comment. All are solved together.
+
+A malformed or contradictory puzzle is refused with its cell, and then nothing
+is solved. An answer that breaks a rule or changes a given is reported as not
+solved (exit code 1). Of a puzzle with several solutions, any one will do."""
+
+_GENERATE = """\
+Appends tokens to PROMPT (- reads it from standard input) and prints them as
+text. The prompt goes to the model as it stands: put a chat template around it
+yourself. The folder of the model must hold a tokenizer.json."""
+
+_INFILL = """\
+Fills the blanks of TEXT (- reads it from standard input) and prints the whole.
+[MASK] is a blank of one token, [MASK:8] one of eight, and the mask token of the
+tokenizer itself counts as one. With --mask '____=8', every ____ of the text is
+a blank of eight tokens. The folder of the model must hold a tokenizer.json."""
+
+_DEMO = """\
+Solves puzzles held out from training with the shipped model, and shows each
+step. Exit code 1 if one of them is not solved."""
+
+_DOCTOR = """\
+Shows versions, devices, and for each op which backend would run and why the
+others would not."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        fixed: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**fixed, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; see: {self.prog} --help")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from diffusion_runtime import __version__
+
+        print(f"diffusion-runtime {__version__}")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; it raises CommandError where argparse would exit with an error."""
+    parser = _Parser(
+        prog="diffusion-runtime",
+        description="Denoise with masked diffusion language models: fused kernels and a thin loop.",
+        epilog=_EXAMPLES,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="watch the shipped model solve a Sudoku puzzle it has never seen", description=_DEMO
+    )
+    demo.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="first puzzle (default: 0)")
+    demo.add_argument("--puzzles", type=_integer(1), default=1, metavar="K", help="how many (default: 1)")
+    demo.add_argument("--delay", type=_number(0), metavar="S", help="seconds to look at each step (terminal: 0.06)")
+    _model_option(demo)
+    _decoding_options(demo)
+
+    solve = commands.add_parser("solve", help="solve Sudoku puzzles", description=_SOLVE)
+    solve.add_argument("puzzles", nargs="+", metavar="PUZZLE", help="81 characters, a file, or -")
+    _model_option(solve)
+    _decoding_options(solve)
+    _sampling_options(solve)
+
+    generate = commands.add_parser("generate", help="continue a prompt", description=_GENERATE)
+    generate.add_argument("prompt", metavar="PROMPT", help="text, or -")
+    generate.add_argument(
+        "--max-new-tokens", type=_integer(1), default=64, metavar="N", help="tokens to append (default: 64)"
+    )
+    infill = commands.add_parser("infill", help="fill the blanks of a text", description=_INFILL)
+    infill.add_argument("text", metavar="TEXT", help="text with blanks, or -")
+    infill.add_argument(
+        "--mask", action="append", type=_mask, default=[], metavar="MARK=N", help="MARK is a blank of N tokens"
+    )
+    for command in (generate, infill):
+        command.add_argument("--model", required=True, metavar="PATH|ID", help="folder, or id on the Hugging Face hub")
+        command.add_argument(
+            "--block-length",
+            type=_integer(1),
+            metavar="N",
+            help="decide blocks of N from the left (default: all at once)",
+        )
+        _decoding_options(command)
+        _sampling_options(command)
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, and which backend runs each op", description=_DOCTOR
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    return parser
+
+
+def _model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH", help="folder of a Sudoku model (default: the shipped one)")
+
+
+def _decoding_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="low_confidence",
+        metavar="P",
+        help=f"what a step commits: {', '.join(POLICIES)} (default: low_confidence)",
+    )
+    group.add_argument(
+        "--threshold", type=_number(0, 1), metavar="T", help="of --policy threshold: commit above it (default: 0.9)"
+    )
+    group.add_argument("--steps", type=_integer(1), metavar="N", help="forwards in all (default: one per blank)")
+    group.add_argument(
+        "--backend", choices=BACKENDS, metavar="B", help=f"how to sample: {', '.join(BACKENDS)} (default: the fastest)"
+    )
+    group.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, ...")
+
+
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling and output")
+    group.add_argument(
+        "--temperature", type=_number(0), default=0.0, metavar="T", help="0: the most probable token (default)"
+    )
+    group.add_argument("--seed", type=_integer(0, 2**64 - 1), default=0, metavar="N", help="of the draws (default: 0)")
+    group.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
+    group.add_argument("--trace", metavar="FILE", help="write what each step committed, one JSON object per line")
+    group.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+class _integer:
+    """The type of an option: a whole number from ``low``."""
+
+    def __init__(self, low: int, high: int | None = None) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if value < self.low or (self.high is not None and value > self.high):
+            upper = "" if self.high is None else f" to {self.high}"
+            raise argparse.ArgumentTypeError(f"expected a whole number from {self.low}{upper}, got {text!r}")
+        return value
+
+
+class _number:
+    """The type of an option: a finite number from ``low``."""
+
+    def __init__(self, low: float, high: float = math.inf) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and self.low <= value <= self.high):
+            upper = f" to {self.high}" if math.isfinite(self.high) else ""
+            raise argparse.ArgumentTypeError(f"expected a number from {self.low}{upper}, got {text!r}")
+        return value
+
+
+def _mask(text: str) -> tuple[str, int]:
+    mark, _, count = text.rpartition("=")
+    if not mark or not count.isdecimal() or int(count) < 1:
+        raise argparse.ArgumentTypeError(f"expected MARK=N, such as ____=8, got {text!r}")
+    return mark, int(count)
+
+
+def check_decoding(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other."""
+    scheduled = args.policy != "threshold"
+    if args.threshold is not None and scheduled:
+        raise CommandError(f"--threshold belongs to --policy threshold, not to {args.policy}; leave one of them out")
+    if args.steps is not None and not scheduled:
+        raise CommandError("--policy threshold decides itself how many steps it takes; leave --steps out")

@@ -1,0 +1,17 @@
+from torch import Tensor
+
+def sample_tokens_workspace(rows: int, vocab: int) -> int: ...
+def sample_tokens(
+    logits: Tensor,
+    masked: Tensor | None,
+    temperature: Tensor | float,
+    seed: Tensor | int,
+    position: Tensor | None,
+    step: Tensor | int,
+    statistics_temperature: Tensor | float,
+    softcap: float,
+    ids: Tensor,
+    statistics: Tensor,
+    workspace: Tensor,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,84 @@
+"""What people run today, and the limits of the machine, in the forms that were fastest where we measured.
+
+Each peer takes ``[rows, vocab]`` logits and gives what it finds under the names of ``TokenSamples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Answer = dict[str, Tensor]
+Peer = Callable[[Tensor], Answer]
+
+PEERS = ("eager", "compiled", "llada")
+
+
+def make_peer(name: str, temperature: float, device: torch.device) -> Peer:
+    if name == "eager":
+        return partial(torch_chain, temperature=temperature, draw=multinomial)
+    if name == "llada":
+        return partial(float64_gumbel, temperature=temperature)
+    if name == "compiled":
+        # The exponential race fuses with its neighbours; multinomial stays a call outside the generated code, which
+        # took twice as long. On a CPU one compilation serves every number of rows: the code is as fast, and the
+        # compiler is slow. On a GPU the number of rows decides how a reduction is split.
+        chain = partial(torch_chain, temperature=temperature, draw=exponential_race)
+        return torch.compile(chain, fullgraph=True, dynamic=None if device.type == "cpu" else False)
+    raise ValueError(f"unknown peer {name!r}; expected one of {', '.join(PEERS)}")
+
+
+def torch_chain(logits: Tensor, *, temperature: float, draw: Callable[[Tensor], Tensor]) -> Answer:
+    """Everything that ``sample_tokens`` gives but the logsumexp, written with torch."""
+    logprobs = torch.log_softmax(logits.float(), -1)
+    probabilities = logprobs.exp()
+    confidence, argmax = probabilities.max(-1)
+    # faster than topk(2), by a lot where it is compiled
+    second = probabilities.scatter(-1, argmax[:, None], 0.0).amax(-1)
+    entropy = -(probabilities * logprobs).sum(-1)
+    if temperature == 0:
+        token = argmax
+    elif temperature == 1:
+        token = draw(probabilities)
+    else:
+        token = draw(torch.softmax(logits.float() / temperature, -1))
+    return {
+        "token": token,
+        "logprob": logprobs.gather(-1, token[:, None])[:, 0],
+        "argmax": argmax,
+        "confidence": confidence,
+        "margin": confidence - second,
+        "entropy": entropy,
+    }
+
+
+def multinomial(probabilities: Tensor) -> Tensor:
+    return probabilities.multinomial(1)[:, 0]
+
+
+def exponential_race(probabilities: Tensor) -> Tensor:
+    """The token whose exponential clock, of rate its probability, rings first."""
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+
+def float64_gumbel(logits: Tensor, *, temperature: float) -> Answer:
+    """How LLaDA's published sampler picks a token and the one statistic it needs, the token's probability."""
+    wide = logits.double()
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        noise = (-torch.rand_like(wide).log()) ** temperature
+        token = (wide.exp() / noise).argmax(-1)
+    probability = torch.softmax(wide, -1).gather(-1, token[:, None])[:, 0]
+    return {"token": token, "logprob": probability.log()}
+
+
+# every byte once, and next to no arithmetic
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "amax of int32": lambda logits: logits.view(torch.int32).amax(-1),
+    "amax of float32": lambda logits: logits.view(torch.float32).amax(-1),
+    "sum of float32": lambda logits: logits.view(torch.float32).sum(),
+}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -103,7 +104,7 @@ def test_kernels_import_torch_triton_and_each_other(path: Path):
     for name, _ in _imports(path):
         is_own = name.startswith("diffusion_runtime.kernels")
         assert is_own or name.split(".")[0] not in ("diffusion_runtime", "kernels", "bench", "tests"), name
-        assert is_own or name.split(".")[0] in {"torch", "triton", "__future__", "math", "typing", "collections"}, name
+        assert is_own or name.split(".")[0] in {"torch", "triton"} | sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", _python_files("diffusion_runtime", "kernels"), ids=_relative)

@@ -3,13 +3,19 @@
 
 #include <stdint.h>
 
+#include "logit_type.h"
 #include "row_statistics.h"
 
 namespace diffusion_runtime {
 
 constexpr int kChunk = 2048;  // tokens: a multiple of kTile that stays in the first-level cache
 
-enum class LogitType { Float32, Float16, BFloat16 };
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 struct Row {
   const void* logits;  // [vocab]

@@ -34,17 +34,6 @@ const InstructionSet& find_instruction_set(const std::string& name) {
   throw std::invalid_argument("the instruction set " + name + " cannot run here");
 }
 
-LogitType logit_type(DType dtype) {
-  switch (dtype) {
-    case DType::Float32: return LogitType::Float32;
-    case DType::Float16: return LogitType::Float16;
-    case DType::BFloat16: return LogitType::BFloat16;
-    default:
-      check(false, "sample_tokens: logits must be float32, float16 or bfloat16, got ", dtype);
-      return LogitType::Float32;
-  }
-}
-
 }  // namespace
 
 std::vector<std::string> instruction_sets() {

@@ -3,18 +3,12 @@
 
 #include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "sample_row.h"
 
 namespace diffusion_runtime::avx2 {
 namespace {
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 struct Vector {
   static constexpr int kWidth = 8;

@@ -7,17 +7,11 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
+
+#include "sample_row.h"
 
 namespace diffusion_runtime::avx512 {
 namespace {
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 struct Vector {
   static constexpr int kWidth = 16;

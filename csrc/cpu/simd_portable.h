@@ -6,15 +6,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "sample_row.h"
+
 namespace diffusion_runtime::portable {
 namespace {
-
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 struct Vector {
   static constexpr int kWidth = 8;

@@ -9,17 +9,6 @@ namespace py = pybind11;
 namespace diffusion_runtime {
 namespace {
 
-LogitType logit_type(DType dtype) {
-  switch (dtype) {
-    case DType::Float32: return LogitType::Float32;
-    case DType::Float16: return LogitType::Float16;
-    case DType::BFloat16: return LogitType::BFloat16;
-    default:
-      check(false, "sample_tokens: logits must be float32, float16 or bfloat16, got ", dtype);
-      return LogitType::Float32;
-  }
-}
-
 template <class T>
 PerRow<T> per_row(const char* name, const RowArgument<T>& argument, const TensorView& beside, std::int64_t rows) {
   const RowSetting<T> setting = row_setting(name, argument, beside, rows);

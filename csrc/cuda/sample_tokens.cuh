@@ -5,11 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "logit_type.h"
+
 struct CUstream_st;  // a cudaStream_t points at one: so this header needs nothing of CUDA
 
 namespace diffusion_runtime {
-
-enum class LogitType { Float32, Float16, BFloat16 };
 
 // One value for every row, or a pointer to one for each.
 template <class T>

@@ -5,9 +5,20 @@
 
 #include <variant>
 
+#include "logit_type.h"
 #include "tensor_view.h"
 
 namespace diffusion_runtime {
+
+inline LogitType logit_type(DType dtype) {
+  switch (dtype) {
+    case DType::Float32: return LogitType::Float32;
+    case DType::Float16: return LogitType::Float16;
+    case DType::BFloat16: return LogitType::BFloat16;
+    default: check(false, "logits must be float32, float16 or bfloat16, got ", dtype);
+  }
+  return LogitType::Float32;
+}
 
 template <class T>
 struct RowSetting {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ class Denoiser:
         for name, value in (("num_steps", num_steps), ("block_length", block_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         if num_steps is not None and not self.policy.scheduled:
             raise ValueError(f"the policy decides itself when it is done: num_steps must be None, got {num_steps}")
         if mask_token_id is None:

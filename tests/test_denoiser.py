@@ -205,6 +205,7 @@ def test_steps_and_trace():
         ({"num_steps": 0}, "num_steps must be at least 1 or None, got 0"),
         ({"block_length": -1}, "block_length must be at least 1"),
         ({"policy": "threshold", "num_steps": 3}, "num_steps must be None, got 3"),
+        ({"temperature": -0.1}, "temperature must be finite and at least 0, got -0.1"),
     ],
 )
 def test_rejects_settings(settings, message):

@@ -142,3 +142,9 @@ def test_a_config_that_lacks_keys():
 
 def test_grouped_heads_are_used():
     assert random_llada().state_dict()["model.transformer.blocks.0.k_proj.weight"].shape == (32, CONFIG.d_model)
+
+
+def test_compiles_without_a_graph_break():
+    model, tokens = random_llada(), torch.randint(0, 61, (2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens), model(tokens))

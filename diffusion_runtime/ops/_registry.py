@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -64,14 +63,19 @@ class OpSpec:
         REGISTRY[self.name] = self
 
     def resolve(self, device: str, dtype: torch.dtype, backend: str | None) -> Callable[..., Any]:
-        """Pick the implementation for an input. Cached: a repeated call is one dict lookup."""
-        return _resolve(self.name, device, dtype, backend or DEFAULT_BACKEND)
+        """Pick the implementation for an input. A repeated call is one dict lookup."""
+        key = (self.name, device, dtype, backend or DEFAULT_BACKEND)
+        run = _RESOLVED.get(key)
+        if run is None:
+            run = _RESOLVED[key] = _resolve(*key)
+        return run
 
 
 REGISTRY: dict[str, OpSpec] = {}
+# a dict, not functools.cache, which torch.compile cannot trace
+_RESOLVED: dict[tuple[str, str, torch.dtype, str], Callable[..., Any]] = {}
 
 
-@cache
 def _resolve(name: str, device: str, dtype: torch.dtype, backend: str) -> Callable[..., Any]:
     spec = REGISTRY[name]
     if backend == "reference":
@@ -90,8 +94,9 @@ def _resolve(name: str, device: str, dtype: torch.dtype, backend: str) -> Callab
         reasons.append(f"  {implementation.backend} {reason}")
 
     if backend == "auto":
-        # falling back is normal on a machine without a GPU, so it is said once and quietly
-        logger.info("%s(%s, %s) -> reference\n%s", name, device, dtype, "\n".join(reasons))
+        # falling back is normal on a machine without a GPU, so it is said once and quietly; a log would break a graph
+        if not torch.compiler.is_compiling():
+            logger.info("%s(%s, %s) -> reference\n%s", name, device, dtype, "\n".join(reasons))
         return spec.reference
     detail = "\n".join(reasons) or f"  {name} has no {backend} implementation"
     raise BackendUnavailableError(f"{name}: backend {backend!r} cannot run this call:\n{detail}")

@@ -142,10 +142,10 @@ def test_backends_agree():
     prompt = torch.randint(0, MASK, (2, 6))
     answers = [
         Denoiser(random_llada(), temperature=0.9, backend=backend).generate(prompt, max_new_tokens=6, seed=2)
-        for backend in ("reference", "cpp", "triton")
+        for backend in ops.available_backends("sample_tokens", "cpu", torch.float32)
     ]
-    assert torch.equal(answers[0], answers[1])
-    assert torch.equal(answers[0], answers[2])
+    assert len(answers) >= 2
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
 def test_any_callable_and_any_rule():

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backends import ALL, KERNELS, sample_tokens
+from backends import ALL, KERNELS, device_of, sample_tokens
 
 from diffusion_runtime import ops
 from diffusion_runtime.ops._rows import as_rows
@@ -214,9 +214,10 @@ class TestEdges:
         wide = torch.full((11, 9004), math.nan)[:, 3:]  # rows at other alignments
         wide[:] = logits
         moved = sample_tokens(wide, position=position, **settings)
+        exact = backend != "triton" or device_of(backend).type == "cpu"  # compiled, see docs/design.md
         for x, y, z in zip(together, shuffled, moved, strict=True):
             assert torch.equal(x[order], y)
-            assert torch.equal(x, z)
+            torch.testing.assert_close(x, z, rtol=0 if exact else 2e-6, atol=0 if exact else 2e-6)
         for r in (0, 10):
             alone = sample_tokens(logits[r], position=position[r], **settings)
             assert all(torch.equal(x[r], y) for x, y in zip(together, alone, strict=True))
@@ -266,8 +267,7 @@ def test_nothing_of_the_caller_is_written():  # and a greedy tensor needs no see
     logits, masked = torch.randn(4, 50), torch.tensor([True, False, True, True])
     before = logits.clone(), masked.clone()
     ops.sample_tokens(logits, masked=masked, temperature=torch.zeros(4))
-    assert torch.equal(logits, before[0])
-    assert torch.equal(masked, before[1])
+    assert all(map(torch.equal, (logits, masked), before))
 
 
 def test_results_do_not_depend_on_threads():

@@ -34,9 +34,9 @@ class Denoiser:
             into evaluation mode if it has one that matters.
         policy: what a step commits: a name of :data:`diffusion_runtime.decoding.POLICIES`, a
             :class:`~diffusion_runtime.decoding.Policy`, or a rule of your own (which is then scheduled).
-        num_steps: forwards in all, split evenly over the blocks that hold masked positions, of which it must be a
-            multiple. None: one position per forward in the row that has most. A policy without a schedule takes None
-            only.
+        num_steps: forwards in all, split evenly over the blocks, of whose number it must be a multiple; a block without
+            masked positions takes none of its share. None: one position per forward in the row that has most. A
+            policy without a schedule takes None only.
         block_length: blocks are decided one after the other, from the left. None: everything is one block. The last
             block may be shorter.
         temperature: 0 takes the most probable token; above, tokens are drawn. Confidences stay those at temperature 1.
@@ -113,13 +113,12 @@ class Denoiser:
         tokens = self._canvas_tokens(tokens, max_new_tokens)
         seeds = self._seeds(seed, tokens)
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        blocks = self._blocks(tokens == self.mask_token_id, origin)
+        steps = torch.zeros_like(seeds)
         index = 0
-        for block in blocks:
+        for block in self._blocks(tokens == self.mask_token_id, origin):
             num_masked = (tokens[:, block] == self.mask_token_id).sum(1)
-            quotas = linear_quotas(num_masked, self._steps_of_block(num_masked, len(blocks)))
-            for quota in quotas:
-                canvas = Canvas(tokens[:, block] == self.mask_token_id, quota, position[block], seeds, index)
+            for quota in linear_quotas(num_masked, self._steps_of_block(num_masked, tokens.shape[1] - origin)):
+                canvas = Canvas(tokens[:, block] == self.mask_token_id, quota, position[block], seeds, steps)
                 if not self.policy.scheduled and not canvas.masked.any():
                     break
                 samples = self._sample(tokens, block, canvas)
@@ -128,6 +127,8 @@ class Denoiser:
                 tokens = tokens.clone()  # the tensor of the previous Step stays as it was
                 tokens[:, block] = committed
                 yield Step(index, block, tokens, self._widen(commit_mask, block, tokens), samples)
+                # a row counts the steps in which it had something to decide, or its draws would follow its neighbours
+                steps = steps + canvas.masked.any(1, keepdim=True)
                 index += 1
 
     def _sample(self, tokens: Tensor, block: slice, canvas: Canvas) -> ops.TokenSamples:
@@ -162,7 +163,11 @@ class Denoiser:
         return torch.nn.functional.pad(tokens, (0, max_new_tokens), value=self.mask_token_id)
 
     def _seeds(self, seed: Tensor | int, tokens: Tensor) -> Tensor:
+        if not isinstance(seed, Tensor | int):
+            raise TypeError(f"seed must be an int or a tensor, got {type(seed).__name__}")
         if isinstance(seed, int):
+            if not -(2**63) <= seed < 2**64:
+                raise ValueError(f"seed must have at most 64 bits, got {seed}")
             seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=tokens.device).expand(len(tokens))
         if seed.dtype != torch.int64 or seed.shape != tokens.shape[:1]:
             raise ValueError(f"seed must be an int or [{len(tokens)}] int64, got {tuple(seed.shape)} {seed.dtype}")
@@ -176,9 +181,11 @@ class Denoiser:
         starts = sorted({origin + column // length * length for column in columns})
         return [slice(start, min(start + length, end)) for start in starts]
 
-    def _steps_of_block(self, num_masked: Tensor, num_blocks: int) -> int:
+    def _steps_of_block(self, num_masked: Tensor, length: int) -> int:
         if self.num_steps is None:
             return int(num_masked.max())
+        # of all blocks, not of those that the batch has masks in: a row would depend on its neighbours
+        num_blocks = math.ceil(length / (self.block_length or length))
         if self.num_steps % num_blocks:
             raise ValueError(f"num_steps must be a multiple of the {num_blocks} blocks, got {self.num_steps}")
         return self.num_steps // num_blocks

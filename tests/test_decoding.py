@@ -23,7 +23,9 @@ from diffusion_runtime.decoding import (
 
 def canvas(masked: list[list[int]], quota: list[int], *, seed: int = 3, step: int = 0) -> Canvas:
     mask = torch.tensor(masked, dtype=torch.bool)
-    return Canvas(mask, torch.tensor(quota), torch.arange(mask.shape[1]), torch.full((len(mask), 1), seed), step)
+    return Canvas(
+        mask, torch.tensor(quota), torch.arange(mask.shape[1]), torch.full((len(mask), 1), seed), torch.tensor(step)
+    )
 
 
 def samples(**fields: list[list[float]]) -> ops.TokenSamples:

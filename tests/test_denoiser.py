@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from models import random_llada
 
 from diffusion_runtime import Denoiser, ops, trace
-from diffusion_runtime.decoding import POLICIES, Policy
+from diffusion_runtime.decoding import POLICIES, Policy, threshold
 
 MASK = 60
 
@@ -122,6 +123,26 @@ def test_a_row_does_not_depend_on_its_batch(policy):
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("policy", ["low_confidence", "random", "threshold"])
+def test_a_row_does_not_depend_on_what_others_have_to_fill(policy):
+    """Rows with masks in other blocks, more of them, or decided faster."""
+    model, num_steps = random_llada(), 12
+    if policy == "threshold":  # low enough to commit several positions at once
+        policy, num_steps = Policy(partial(threshold, threshold=0.2), scheduled=False), None
+    tokens = torch.randint(0, MASK, (6, 12))
+    for row, masked in enumerate((range(12), range(8, 12), range(4, 5), (0, 5, 11), (), range(0, 12, 2))):
+        tokens[row, list(masked)] = MASK
+    seeds = torch.arange(6)
+    denoiser = Denoiser(model, policy=policy, temperature=0.8, block_length=4, num_steps=num_steps)
+    together = denoiser.infill(tokens, seed=seeds)
+    for row in range(6):
+        alone = list(denoiser.stream(tokens[row : row + 1], seed=int(seeds[row])))
+        if alone:
+            assert torch.equal(alone[-1].tokens[0], together[row])
+        if num_steps is None and row == 0:
+            assert len(alone) < 12  # else the test shows nothing
+
+
 def test_seeds_make_samples_differ():
     denoiser, prompt = Denoiser(random_llada(), temperature=1.0), torch.randint(0, MASK, (1, 6))
     answers = denoiser.generate(prompt.expand(8, 6), max_new_tokens=8, seed=torch.arange(8))
@@ -225,6 +246,10 @@ def test_rejects_inputs():
         Denoiser(model).generate(torch.full((1, 3), MASK), max_new_tokens=2)
     with pytest.raises(ValueError, match="num_steps must be a multiple of the 2 blocks, got 3"):
         Denoiser(model, num_steps=3, block_length=4).generate(prompt, max_new_tokens=8)
+    with pytest.raises(ValueError, match="at most 64 bits"):
+        Denoiser(model).infill(prompt, seed=2**64)
+    with pytest.raises(TypeError, match="seed must be an int or a tensor, got float"):
+        Denoiser(model).infill(prompt, seed=1.0)
     with pytest.raises(ValueError, match=r"seed must be an int or \[2\] int64, got \(3,\)"):
         Denoiser(model).generate(prompt, max_new_tokens=2, seed=torch.arange(3))
     with pytest.raises(ValueError, match=r"the model must give logits \[2, 5, vocab\], got \(2, 3, 7\)"):

@@ -25,7 +25,7 @@ class Canvas(NamedTuple):
     quota: Tensor  # [batch] int64: how many a scheduled policy commits in this step
     position: Tensor  # [length] int64: places in the sequence
     seed: Tensor  # [batch, 1] int64
-    step: int
+    step: Tensor  # [batch, 1] int64: how many steps the row has had something to decide in before this one
 
 
 Rule = Callable[[TokenSamples, Canvas], Tensor]

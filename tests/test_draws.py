@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from backends import sample_tokens
-from test_sample_tokens import assert_same_tokens
+from backends import assert_same_tokens, sample_tokens
 
 from diffusion_runtime import ops
 from diffusion_runtime.ops._philox import philox_words

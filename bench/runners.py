@@ -13,7 +13,8 @@ from bench.check import SEED
 from bench.peers import PEERS, READS, Answer, make_peer
 from diffusion_runtime import ops
 from diffusion_runtime.ops._rows import as_rows
-from diffusion_runtime.ops._sample_tokens import Rows, run_cpp
+from diffusion_runtime.ops._sample_tokens import run_cpp
+from diffusion_runtime.ops._settings import Settings
 
 OP = "sample_tokens"
 
@@ -46,17 +47,8 @@ def instruction_set_runners(temperature: float) -> list[Runner]:
         return []
 
     def call(logits: Tensor, instruction_set: str) -> Answer:
-        rows = Rows(
-            logits=as_rows(logits),
-            masked=None,
-            temperature=temperature,
-            seed=SEED,
-            position=None,
-            step=0,
-            statistics_temperature=1.0,
-            softcap=0.0,
-        )
-        ids, statistics = run_cpp(rows, instruction_set)
+        settings = Settings(temperature=temperature, seed=SEED)
+        ids, statistics = run_cpp(as_rows(logits), settings, instruction_set)
         return dict(zip(("token", "argmax"), ids, strict=True)) | dict(
             zip(("logprob", "confidence", "margin", "entropy", "logsumexp"), statistics, strict=True)
         )

@@ -31,7 +31,7 @@ def sample_tokens(logits: torch.Tensor, *, backend: str, **settings: Any) -> ops
             pytest.skip(f"this CPU has {', '.join(usable)}")
     settings = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
     run_cpp = _sample_tokens.run_cpp
-    with patch.object(_sample_tokens, "run_cpp", lambda rows, default: run_cpp(rows, instruction_set or default)):
+    with patch.object(_sample_tokens, "run_cpp", lambda *rows: run_cpp(*rows[:2], instruction_set or rows[2])):
         samples = ops.sample_tokens(logits.to(device), backend=name, **settings)
     return ops.TokenSamples(*(x.cpu() for x in samples))
 

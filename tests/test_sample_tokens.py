@@ -10,6 +10,7 @@ from backends import ALL, KERNELS, assert_same_tokens, device_of, sample_tokens
 
 from diffusion_runtime import ops
 from diffusion_runtime.ops._rows import as_rows
+from diffusion_runtime.ops._settings import Settings, to_operator
 from diffusion_runtime.testing import assert_as_accurate, awkward_logits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -271,5 +272,5 @@ def test_compiles_without_a_graph_break():
 
 def test_operator_registration():
     logits = torch.randn(2, 3, 50)
-    arguments = (logits, None, None, 1.0, torch.arange(6), 0, None, None, 2, None, 1.0, 0.0, "cpp")
+    arguments = (logits, *to_operator(Settings(temperature=1.0, seed=torch.arange(6), step=2)), "cpp")
     torch.library.opcheck(torch.ops.diffusion_runtime.sample_tokens.default, arguments)

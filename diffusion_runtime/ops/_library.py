@@ -5,44 +5,51 @@ In eager mode the public functions call their backend directly: an operator call
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _sample_tokens
+from diffusion_runtime.ops import _sample_from_hidden, _sample_tokens
+from diffusion_runtime.ops._settings import from_operator
+
+# the arguments of read_settings' result, in the order of to_operator
+_SETTINGS = (
+    "Tensor? masked, Tensor? temperature, float temperature_value, Tensor? seed, int seed_value, Tensor? position, "
+    "Tensor? step, int step_value, Tensor? statistics_temperature, float statistics_temperature_value, float softcap, "
+    "Tensor? allowed, Tensor? top_k, int top_k_value, Tensor? top_p, float top_p_value, Tensor? min_p, "
+    "float min_p_value, bool restricted, str backend"
+)
 
 
-@torch.library.custom_op("diffusion_runtime::sample_tokens", mutates_args=())
-def _sample_tokens_operator(
-    logits: Tensor,
-    masked: Tensor | None,
-    temperature: Tensor | None,
-    temperature_value: float,
-    seed: Tensor | None,
-    seed_value: int,
-    position: Tensor | None,
-    step: Tensor | None,
-    step_value: int,
-    statistics_temperature: Tensor | None,
-    statistics_temperature_value: float,
-    softcap: float,
-    backend: str,
+def _sample_tokens_operator(logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    *values, backend = settings
+    run: _sample_tokens.Run = _sample_tokens.SPEC.resolve(logits.device.type, logits.dtype, backend)
+    return run(logits, from_operator(tuple(values)))
+
+
+def _sample_from_hidden_operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    rows = _sample_tokens.Rows(
-        logits,
-        masked,
-        temperature_value if temperature is None else temperature,
-        seed_value if seed is None else seed,
-        position,
-        step_value if step is None else step,
-        statistics_temperature_value if statistics_temperature is None else statistics_temperature,
-        softcap,
-    )
-    ids, statistics = _sample_tokens.SPEC.resolve(logits.device.type, logits.dtype, backend)(rows)
-    return ids, statistics
+    *values, backend = settings
+    return _sample_from_hidden.run(hidden, weight, bias, from_operator(tuple(values)), backend)
 
 
-@_sample_tokens_operator.register_fake
-def _(logits: Tensor, *_settings: object) -> tuple[Tensor, Tensor]:
-    count = logits.shape[0] * logits.shape[1]
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.new_empty((2, count), dtype=torch.int64), logits.new_empty((5, count), dtype=dtype)
+def _results(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return rows.new_empty((2, count), dtype=torch.int64), rows.new_empty((5, count), dtype=dtype)
+
+
+torch.library.define("diffusion_runtime::sample_tokens", f"(Tensor logits, {_SETTINGS}) -> (Tensor, Tensor)")
+torch.library.impl("diffusion_runtime::sample_tokens", "CompositeExplicitAutograd", _sample_tokens_operator)
+torch.library.register_fake(
+    "diffusion_runtime::sample_tokens", lambda logits, *_: _results(logits, logits.shape[0] * logits.shape[1])
+)
+torch.library.define(
+    "diffusion_runtime::sample_from_hidden",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, {_SETTINGS}) -> (Tensor, Tensor)",
+)
+torch.library.impl("diffusion_runtime::sample_from_hidden", "CompositeExplicitAutograd", _sample_from_hidden_operator)
+torch.library.register_fake(
+    "diffusion_runtime::sample_from_hidden", lambda hidden, *_: _results(hidden, hidden.shape[0])
+)

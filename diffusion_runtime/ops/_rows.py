@@ -21,31 +21,39 @@ def as_rows(logits: Tensor) -> Tensor:
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 
 
-def float_setting(name: str, value: Tensor | float, logits: Tensor, *, zero: bool) -> Tensor | float:
-    """A finite temperature, positive or (if ``zero``) 0; float32 where it is a tensor.
+def float_setting(
+    name: str,
+    value: Tensor | float,
+    leading: torch.Size,
+    device: torch.device,
+    *,
+    zero: bool = True,
+    most: float = math.inf,
+) -> Tensor | float:
+    """A finite number up to ``most``, positive or (if ``zero``) 0; float32 where it is a tensor.
 
     The values of a tensor are checked on the CPU only: elsewhere that would synchronise.
     """
     if isinstance(value, Tensor):
-        rows = _per_row(name, value, logits, torch.float32)
+        rows = _per_row(name, value, leading, device, torch.float32)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            valid = rows.isfinite() & ((rows >= 0) if zero else (rows > 0))
+            valid = rows.isfinite() & ((rows >= 0) if zero else (rows > 0)) & (rows <= most)
             if not valid.all():
-                _raise(name, float(rows[~valid][0]), zero=zero)
+                _raise(name, float(rows[~valid][0]), zero, most)
         return rows
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        _raise(name, value, zero=zero)
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero) or value > most:
+        _raise(name, value, zero, most)
     return float(value)
 
 
-def int_setting(name: str, value: Tensor | int, logits: Tensor, bits: int) -> Tensor | int:
+def int_setting(name: str, value: Tensor | int, leading: torch.Size, device: torch.device, bits: int) -> Tensor | int:
     """An integer of at most ``bits`` bits (64: signed or unsigned, kept as signed), or an int64 tensor."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {value.dtype}")
-        return _per_row(name, value, logits, torch.int64)
+        return _per_row(name, value, leading, device, torch.int64)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     low = -(2**63) if bits == 64 else 0
@@ -54,19 +62,18 @@ def int_setting(name: str, value: Tensor | int, logits: Tensor, bits: int) -> Te
     return value - 2**64 if value >= 2**63 else value
 
 
-def mask_setting(name: str, value: Tensor | None, logits: Tensor) -> Tensor | None:
-    """A bool tensor broadcastable to the leading shape of the logits, or None."""
+def mask_setting(name: str, value: Tensor | None, leading: torch.Size, device: torch.device) -> Tensor | None:
+    """A bool tensor broadcastable to the leading shape, or None."""
     if value is None:
         return None
     if not isinstance(value, Tensor) or value.dtype != torch.bool:
         raise TypeError(f"{name} must be a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-    return _per_row(name, value, logits, torch.bool)
+    return _per_row(name, value, leading, device, torch.bool)
 
 
-def _per_row(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    if value.device != logits.device:
-        raise ValueError(f"logits are on {logits.device}, but {name} is on {value.device}")
-    leading = logits.shape[:-1]
+def _per_row(name: str, value: Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if value.device != device:
+        raise ValueError(f"the rows are on {device}, but {name} is on {value.device}")
     try:
         expanded = value.detach().expand(leading)
     except RuntimeError:
@@ -74,5 +81,6 @@ def _per_row(name: str, value: Tensor, logits: Tensor, dtype: torch.dtype) -> Te
     return expanded.to(dtype).reshape(-1).contiguous()
 
 
-def _raise(name: str, value: float, *, zero: bool) -> None:
-    raise ValueError(f"{name} must be finite and {'at least' if zero else 'above'} 0, got {value}")
+def _raise(name: str, value: float, zero: bool, most: float) -> None:
+    expected = f"finite and {'at least' if zero else 'above'} 0" if most == math.inf else f"in [0, {most:g}]"
+    raise ValueError(f"{name} must be {expected}, got {value}")

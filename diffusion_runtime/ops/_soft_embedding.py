@@ -1,0 +1,174 @@
+"""The embedding that a distribution over tokens expects: ``softmax(logits / temperature) @ embedding``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
+from diffusion_runtime.ops._sample_from_hidden import head, validate_head
+from diffusion_runtime.ops._sample_reference import softcapped
+from diffusion_runtime.ops._settings import softcap_setting
+
+
+class Softmax(NamedTuple):
+    """Which softmax, as backends take it; a tensor has one element for each row."""
+
+    temperature: Setting
+    softcap: float  # 0: none
+    masked: Tensor | None
+    logsumexp: Tensor | None  # [rows] float32, or None: to be found
+
+
+def soft_embedding(
+    logits: Tensor,
+    embedding: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    masked: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``softmax(y / temperature) @ embedding`` with ``y = softcap * tanh(logits / softcap)`` (or ``y = logits``).
+
+    The probabilities never exist at full size: they are made a tile of the vocabulary at a time, in float32, and
+    multiplied in the dtype of the embedding, as ``probabilities.to(embedding.dtype) @ embedding`` would be. Results
+    carry no gradient.
+
+    Args:
+        logits: ``[..., vocab]`` float32, float16, bfloat16 or float64. The last two dimensions may be any slice.
+        embedding: ``[vocab, dim]`` floating point.
+        temperature: above 0 and finite; a float, or a tensor that broadcasts to the leading shape.
+        softcap: above 0, or None.
+        masked: bool, broadcastable to the leading shape. Rows where it is False are not read and give 0.
+        logsumexp: of ``y / temperature``, float32, of the leading shape, if it is known:
+            ``sample_tokens(..., statistics_temperature=temperature).logsumexp``. It spares one pass over the logits,
+            and is taken as it is.
+        backend: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None picks the fastest that can run.
+
+    Returns:
+        ``[..., dim]`` in the dtype of the embedding.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; on a CPU, a row without a
+            distribution (NaN, ``inf``, or nothing but ``-inf``). On a GPU such a row gives NaN.
+        BackendUnavailableError: a named backend that cannot run this call.
+    """
+    _validate(logits, embedding)
+    leading = logits.shape[:-1]
+    softmax = _read_softmax(leading, logits.device, temperature, softcap, masked, logsumexp)
+    run: Run = SPEC.resolve(logits.device.type, logits.dtype, backend)
+    return run(as_rows(logits), embedding.detach(), softmax).view(*leading, embedding.shape[1])
+
+
+def soft_embedding_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    embedding: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: Tensor | float = 1.0,
+    softcap: float | None = None,
+    masked: Tensor | None = None,
+    logsumexp: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``soft_embedding(hidden @ weight.T + bias, embedding, ...)`` without the logits.
+
+    Args:
+        hidden, weight, bias: as in :func:`diffusion_runtime.ops.sample_from_hidden`.
+        embedding: ``[vocab, dim]``; None: the weight, where it is tied to the embedding.
+
+    All else as in :func:`soft_embedding`; with ``logsumexp``, of ``sample_from_hidden``, the head is computed once, and
+    without it twice.
+    """
+    validate_head(hidden, weight, bias)
+    embedding = weight if embedding is None else embedding
+    leading = hidden.shape[:-1]
+    if embedding.ndim != 2 or embedding.shape[0] != weight.shape[0] or embedding.device != hidden.device:
+        raise ValueError(
+            f"embedding must be [{weight.shape[0]}, dim] on {hidden.device}, "
+            f"got {tuple(embedding.shape)} on {embedding.device}"
+        )
+    softmax = _read_softmax(leading, hidden.device, temperature, softcap, masked, logsumexp)
+    run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
+    rows = hidden.detach().reshape(leading.numel(), hidden.shape[-1])
+    bias = None if bias is None else bias.detach()
+    return run(rows, weight.detach(), bias, embedding.detach(), softmax).view(*leading, embedding.shape[1])
+
+
+# logits [outer, inner, vocab], embedding [vocab, dim], softmax -> [rows, dim]
+Run = Callable[[Tensor, Tensor, Softmax], Tensor]
+# hidden [rows, dim], weight [vocab, dim], bias [vocab] or None, embedding [vocab, dim of the result], softmax
+RunFromHidden = Callable[[Tensor, Tensor, Tensor | None, Tensor, Softmax], Tensor]
+
+
+def _read_softmax(
+    leading: torch.Size,
+    device: torch.device,
+    temperature: Tensor | float,
+    softcap: float | None,
+    masked: Tensor | None,
+    logsumexp: Tensor | None,
+) -> Softmax:
+    if logsumexp is not None:
+        if not isinstance(logsumexp, Tensor) or logsumexp.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"logsumexp must be float32, got {getattr(logsumexp, 'dtype', type(logsumexp).__name__)}")
+        if logsumexp.shape != leading or logsumexp.device != device:
+            expected = f"{tuple(leading)} on {device}"
+            raise ValueError(f"logsumexp must be {expected}, got {tuple(logsumexp.shape)} on {logsumexp.device}")
+        logsumexp = logsumexp.detach().reshape(-1).contiguous()
+    return Softmax(
+        float_setting("temperature", temperature, leading, device, zero=False),
+        softcap_setting(softcap),
+        mask_setting("masked", masked, leading, device),
+        logsumexp,
+    )
+
+
+def _validate(logits: Tensor, embedding: Tensor) -> None:
+    for name, value in (("logits", logits), ("embedding", embedding)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value))}")
+    if logits.ndim == 0 or embedding.ndim != 2 or logits.shape[-1] != embedding.shape[0] or not len(embedding):
+        raise ValueError(
+            "logits must be [..., vocab] and embedding [vocab, dim], "
+            f"got {tuple(logits.shape)} and {tuple(embedding.shape)}"
+        )
+    if embedding.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, but embedding is on {embedding.device}")
+
+
+def _reference(logits: Tensor, embedding: Tensor, softmax: Softmax) -> Tensor:
+    x = logits.reshape(-1, logits.shape[2])
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if softmax.masked is not None:
+        x = x.masked_fill(~softmax.masked[:, None], 0)
+    temperature = torch.as_tensor(softmax.temperature, dtype=x.dtype, device=x.device).expand(len(x))
+    z = softcapped(x, softmax.softcap) / temperature[:, None]
+    if softmax.logsumexp is None:
+        probabilities = z.softmax(-1)
+        if z.device.type == "cpu" and probabilities.isnan().any():
+            first = int(probabilities.isnan().any(-1).nonzero()[0])
+            raise ValueError(f"row {first} of the logits has no distribution")
+    else:
+        probabilities = (z - softmax.logsumexp[:, None]).exp()
+    result = probabilities.to(embedding.dtype) @ embedding
+    return result if softmax.masked is None else result.masked_fill(~softmax.masked[:, None], 0)
+
+
+def _reference_from_hidden(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, softmax: Softmax
+) -> Tensor:
+    return _reference(head(hidden, weight, bias)[None], embedding, softmax)
+
+
+SPEC = OpSpec(name="soft_embedding", reference=_reference, validate=_validate, implementations=())
+SPEC_FROM_HIDDEN = OpSpec(
+    name="soft_embedding_from_hidden", reference=_reference_from_hidden, validate=validate_head, implementations=()
+)

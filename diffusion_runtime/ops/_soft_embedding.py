@@ -11,8 +11,11 @@ from torch import Tensor
 from diffusion_runtime.ops._registry import OpSpec
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
+from diffusion_runtime.ops._sample_from_hidden import run as sample_from_hidden_rows
 from diffusion_runtime.ops._sample_reference import softcapped
-from diffusion_runtime.ops._settings import softcap_setting
+from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
+from diffusion_runtime.ops._sample_tokens import Run as RunSampler
+from diffusion_runtime.ops._settings import Settings, softcap_setting
 
 
 class Softmax(NamedTuple):
@@ -102,6 +105,12 @@ def soft_embedding_from_hidden(
     return run(rows, weight.detach(), bias, embedding.detach(), softmax).view(*leading, embedding.shape[1])
 
 
+MIN_TILE = 1024  # tokens
+MOST_PROBABILITIES = 1 << 20  # that exist at once: with a tile of 1024 tokens at least, small enough for a cache
+
+# logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in any float dtype, rows may be strided: fills it
+# with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, whose logits are not read
+Weigh = Callable[[Tensor, Softmax, Tensor], None]
 # logits [outer, inner, vocab], embedding [vocab, dim], softmax -> [rows, dim]
 Run = Callable[[Tensor, Tensor, Softmax], Tensor]
 # hidden [rows, dim], weight [vocab, dim], bias [vocab] or None, embedding [vocab, dim of the result], softmax
@@ -142,6 +151,67 @@ def _validate(logits: Tensor, embedding: Tensor) -> None:
         )
     if embedding.device != logits.device:
         raise ValueError(f"logits are on {logits.device}, but embedding is on {embedding.device}")
+
+
+def tiled(weigh: Weigh, backend: str) -> Run:
+    """The op over tiles of the vocabulary, around a kernel that turns logits of a tile into probabilities."""
+
+    def run(logits: Tensor, embedding: Tensor, softmax: Softmax) -> Tensor:
+        if softmax.logsumexp is None:
+            measure: RunSampler = SAMPLE_TOKENS.resolve(logits.device.type, logits.dtype, backend)
+            settings = Settings(
+                masked=softmax.masked, statistics_temperature=softmax.temperature, softcap=softmax.softcap
+            )
+            softmax = softmax._replace(logsumexp=_logsumexp(measure(logits, settings), settings, logits.device))
+        return _accumulate(weigh, lambda tile: logits[:, :, tile], embedding, softmax)
+
+    return run
+
+
+def tiled_from_hidden(weigh: Weigh, backend: str) -> RunFromHidden:
+    """As :func:`tiled`; the logits of a tile are made when they are needed."""
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, softmax: Softmax) -> Tensor:
+        if softmax.logsumexp is None:
+            settings = Settings(
+                masked=softmax.masked, statistics_temperature=softmax.temperature, softcap=softmax.softcap
+            )
+            found = sample_from_hidden_rows(hidden, weight, bias, settings, backend)
+            softmax = softmax._replace(logsumexp=_logsumexp(found, settings, hidden.device))
+
+        def logits_of(tile: slice) -> Tensor:
+            return head(hidden, weight[tile], None if bias is None else bias[tile])[None]
+
+        return _accumulate(weigh, logits_of, embedding, softmax)
+
+    return run
+
+
+def _logsumexp(found: tuple[Tensor, Tensor], settings: Settings, device: torch.device) -> Tensor:
+    ids, statistics = found
+    if device.type == "cpu":
+        invalid = ids[0] < 0 if settings.masked is None else (ids[0] < 0) & settings.masked
+        if invalid.any():
+            raise ValueError(f"row {int(invalid.nonzero()[0])} has no distribution: NaN, inf or nothing but -inf")
+    return statistics[4]
+
+
+def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: Tensor, softmax: Softmax) -> Tensor:
+    assert softmax.logsumexp is not None
+    num_rows, (vocab, dim) = len(softmax.logsumexp), embedding.shape
+    size = max(MIN_TILE, MOST_PROBABILITIES // max(1, num_rows) // MIN_TILE * MIN_TILE)
+    # partial products are in the dtype of the embedding, their sum is not
+    total = torch.zeros(num_rows, dim, dtype=torch.float32, device=embedding.device)
+    probabilities = torch.empty(num_rows, min(size, vocab), dtype=embedding.dtype, device=embedding.device)
+    for first in range(0, vocab, size) if num_rows else ():
+        tile = slice(first, min(first + size, vocab))
+        part = probabilities[:, : tile.stop - first]
+        weigh(logits_of(tile), softmax, part)
+        if embedding.dtype == torch.float32:
+            total.addmm_(part, embedding[tile])
+        else:
+            total += part @ embedding[tile]
+    return total.to(embedding.dtype)
 
 
 def _reference(logits: Tensor, embedding: Tensor, softmax: Softmax) -> Tensor:

@@ -172,10 +172,8 @@ def _load_cpp() -> Run:
 def run_cpp(logits: Tensor, settings: Settings, instruction_set: str) -> tuple[Tensor, Tensor]:
     from diffusion_runtime import _C
 
-    if settings.limits:  # SCAFFOLD-CPP
-        return sample_reference(logits, settings)
     ids, statistics = _results(logits)
-    _C.sample_tokens(logits, *settings[:7], ids, statistics, instruction_set)  # type: ignore[arg-type]
+    _C.sample_tokens(logits, *settings, ids, statistics, instruction_set)  # type: ignore[arg-type]
     return ids, statistics
 
 

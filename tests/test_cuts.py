@@ -154,6 +154,13 @@ class TestCuts:
         everything = sample_tokens(logits, backend=backend, temperature=1.0, seed=1)
         torch.testing.assert_close(nearly.logsumexp, everything.logsumexp, rtol=0, atol=1e-5)
 
+    def test_top_p_a_little_more_or_less_than_the_first_token(self, backend):
+        logits = torch.zeros(1, 1000)
+        logits[0, 700] = 5.0
+        first = math.exp(5) / (math.exp(5) + 999)
+        assert_cut_is_a_mask(logits, logits > 1, backend, top_p=first - 1e-5)
+        assert_cut_is_a_mask(logits, logits > -1, backend, top_p=first + 1e-5)
+
     @pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-42])
     def test_a_tiny_temperature_leaves_top_k_its_count(self, backend, temperature):
         logits = torch.randn(4, 5000)
@@ -167,6 +174,13 @@ class TestCuts:
         logits = torch.randn(3, 700)
         logits[:, [5, 600]] = 9.0
         assert_cut_is_a_mask(logits, logits == 9.0, backend, min_p=1.0)
+        # under the softcap both are 1, so equally probable; among logits they are not equal
+        logits = torch.tensor([[30.0, 0.0, 40.0, 0.9]])
+        for cut, keep in (
+            ({"min_p": 1.0}, [[True, False, True, False]]),
+            ({"top_k": 1}, [[False, False, True, False]]),
+        ):
+            assert_cut_is_a_mask(logits, torch.tensor(keep), backend, softcap=1.0, **cut)
 
     def test_a_row_depends_on_nothing_but_itself(self, backend):
         logits = torch.randn(7, 9001) * 2

@@ -2,7 +2,6 @@
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "row_setting.h"
 
@@ -18,8 +17,5 @@ void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>
                        const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
                        const RowArgument<float>& statistics_temperature, float softcap, const TensorView& ids,
                        const TensorView& statistics, const std::string& instruction_set);
-
-// The instruction sets that can run here, the fastest first.
-std::vector<std::string> instruction_sets();
 
 }  // namespace diffusion_runtime

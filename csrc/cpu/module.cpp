@@ -1,5 +1,8 @@
 // diffusion_runtime._C: one m.def per op, nothing else.
+#include "head.h"
+#include "instruction_set.h"
 #include "sample_tokens.h"
+#include "weigh.h"
 
 namespace py = pybind11;
 
@@ -10,5 +13,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
         py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("restricted"), py::arg("ids"), py::arg("statistics"), py::arg("instruction_set"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("head_workspace", &diffusion_runtime::head_workspace, py::arg("rows"), py::arg("vocab"),
+        py::arg("temperature"));
+  m.def("read_head_tile", &diffusion_runtime::read_head_tile, py::arg("logits"), py::arg("first"), py::arg("vocab"),
+        py::arg("temperature"), py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"),
+        py::arg("workspace"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("sample_head", &diffusion_runtime::sample_head, py::arg("hidden"), py::arg("weight"), py::arg("bias"),
+        py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
+        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("workspace"), py::arg("ids"),
+        py::arg("statistics"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("weigh", &diffusion_runtime::weigh_cpu, py::arg("logits"), py::arg("temperature"), py::arg("softcap"),
+        py::arg("masked"), py::arg("logsumexp"), py::arg("out"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());
 }

@@ -1,56 +1,11 @@
 #include "sample_tokens.h"
 
+#include "allowed_words.h"
+#include "instruction_set.h"
 #include "sample_row.h"
 
 namespace diffusion_runtime {
 namespace {
-
-struct InstructionSet {
-  const char* name;
-  bool usable;
-  RowSample (*sample_row)(const Row&);
-};
-
-// Best first. Every feature that a unit was compiled with is asked for.
-const std::vector<InstructionSet>& all_instruction_sets() {
-  static const std::vector<InstructionSet> sets = {
-#ifndef DIFFUSION_RUNTIME_PORTABLE_ONLY
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("avx2"),
-       avx512::sample_row},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0,
-       avx2::sample_row},
-#endif
-      {"portable", true, portable::sample_row},
-  };
-  return sets;
-}
-
-const InstructionSet& find_instruction_set(const std::string& name) {
-  for (const InstructionSet& set : all_instruction_sets())
-    if (set.usable && name == set.name) return set;
-  throw std::invalid_argument("the instruction set " + name + " cannot run here");
-}
-
-struct AllowedWords {
-  const std::uint32_t* first;  // null: every token
-  std::int64_t stride;         // from one row to the next, in words
-  const std::uint32_t* operator()(std::int64_t row) const { return first != nullptr ? first + row * stride : nullptr; }
-};
-
-std::int64_t parts_of(std::int64_t vocab, std::int64_t size) { return (vocab + size - 1) / size; }
-
-AllowedWords words_of(const std::optional<TensorView>& allowed, std::int64_t rows, std::int64_t vocab) {
-  if (!allowed) return {nullptr, 0};
-  const std::int64_t words = parts_of(vocab, 32);
-  check(allowed->is_cpu() && allowed->ndim() == 2 && allowed->size(0) == rows && allowed->size(1) == words &&
-            (words == 1 || allowed->stride(1) == 1),
-        "sample_tokens: allowed must be [", rows, ", ", words, "] with stride 1 along the words, got ",
-        allowed->shape());
-  return {reinterpret_cast<const std::uint32_t*>(allowed->data<const std::int32_t>()), allowed->stride(0)};
-}
 
 struct Scratch {
   std::vector<RowPart> parts;
@@ -59,13 +14,6 @@ struct Scratch {
 
 }  // namespace
 
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const InstructionSet& set : all_instruction_sets())
-    if (set.usable) names.emplace_back(set.name);
-  return names;
-}
-
 void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>& masked,
                        const RowArgument<float>& temperature, const RowArgument<std::int64_t>& seed,
                        const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
@@ -73,7 +21,7 @@ void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>
                        const std::optional<TensorView>& allowed, const RowArgument<std::int64_t>& top_k,
                        const RowArgument<float>& top_p, const RowArgument<float>& min_p, bool restricted,
                        const TensorView& ids, const TensorView& statistics, const std::string& instruction_set) {
-  const InstructionSet& set = find_instruction_set(instruction_set);
+  const auto sample_row = OF_INSTRUCTION_SET(find_instruction_set(instruction_set), sample_row);
   check(logits.is_cpu(), "sample_tokens: logits must be on the CPU");
   check(logits.ndim() == 3 && logits.size(2) > 0 && (logits.size(2) == 1 || logits.stride(2) == 1),
         "sample_tokens: logits must be [outer, inner, vocab] with stride 1 along vocab, got ", logits.shape());
@@ -118,7 +66,7 @@ void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>
         row.uniforms = philox_uniforms(static_cast<std::uint64_t>(seeds[r]), static_cast<std::uint32_t>(at),
                                        static_cast<std::uint32_t>(steps[r]), kDrawToken);
       }
-      sample = set.sample_row(row);
+      sample = sample_row(row);
     }
     token[r] = sample.token;
     token[rows + r] = sample.argmax;

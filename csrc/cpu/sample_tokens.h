@@ -2,7 +2,6 @@
 
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "row_setting.h"
 
@@ -25,8 +24,5 @@ void sample_tokens_cpu(const TensorView& logits, const std::optional<TensorView>
                        const std::optional<TensorView>& allowed, const RowArgument<std::int64_t>& top_k,
                        const RowArgument<float>& top_p, const RowArgument<float>& min_p, bool restricted,
                        const TensorView& ids, const TensorView& statistics, const std::string& instruction_set);
-
-// The instruction sets that can run here, the fastest first.
-std::vector<std::string> instruction_sets();
 
 }  // namespace diffusion_runtime

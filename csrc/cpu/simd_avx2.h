@@ -52,6 +52,19 @@ inline Vector load(const Half* p) {
   return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Half{})};
 }
 inline void store(float* p, Vector a) { _mm256_storeu_ps(p, a.v); }
+inline void store(Float16* p, Vector a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Vector a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), is_nan), 16);
+  // packing goes by halves of the register
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
 template <class T>
 inline Vector load_first(const T* p, int count) {
   alignas(32) T some[8] = {};

@@ -59,6 +59,17 @@ inline Vector load_first(const Half* p, int count) {
   return {_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), lanes, widen(_mm256_maskz_loadu_epi16(lanes, p), Half{}))};
 }
 inline void store(float* p, Vector a) { _mm512_storeu_ps(p, a.v); }
+inline void store(Float16* p, Vector a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Vector a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000)), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
 
 inline int store_between(float* p, Vector a, Vector low, Vector high) {
   const __mmask16 enough = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ);

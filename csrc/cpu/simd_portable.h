@@ -85,7 +85,31 @@ inline Vector load_first(const T* p, int count) {  // the other lanes are -inf, 
   for (int i = 0; i < count; ++i) out.v[i] = to_float(p[i]);
   return out;
 }
+inline uint16_t round_to_bits(float x, BFloat16) {  // to the nearest, ties to even; NaN stays
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return static_cast<uint16_t>(x == x ? (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 : 0x7FC0);
+}
+inline uint16_t round_to_bits(float x, Float16) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7FFFFFFF;
+  if (x != x) return static_cast<uint16_t>(sign | 0x7E00);
+  if (size >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);  // 65520 and above
+  // below 2^-14, the smallest normal number, an addition of 1/2 rounds to multiples of 2^-24
+  if (size < 0x38800000) {
+    const float sum = float_of_bits(size) + 0.5f;
+    memcpy(&bits, &sum, sizeof(bits));
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
+  }
+  return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13);
+}
+
 inline void store(float* p, const Vector& a) { memcpy(p, &a.v, sizeof(a.v)); }
+template <class Half>
+inline void store(Half* p, const Vector& a) {  // rounded to the nearest, ties to even
+  for (int i = 0; i < Vector::kWidth; ++i) p[i].bits = round_to_bits(a.v[i], Half{});
+}
 
 // Stores the lanes from `low` to `high` one after the other and says how many they are; all kWidth may be written.
 inline int store_between(float* p, const Vector& a, const Vector& low, const Vector& high) {

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops import _head_cpp
+from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._sample_reference import sample_reference
-from diffusion_runtime.ops._sample_tokens import CHECKED, TokenSamples, as_samples, check_distributions
+from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
 from diffusion_runtime.ops._settings import Settings, read_settings, to_operator
 
@@ -49,6 +52,9 @@ def sample_from_hidden(
     With ``top_k``, ``top_p`` or ``min_p``, or with ``allowed`` or ``suppress`` and unrestricted statistics, a row's
     logits are read more than once: then at most four million logits (16 MB) exist at a time, a group of rows after the
     other.
+
+    Logits are rounded to the dtype of the weight, as those of a ``hidden @ weight.T`` of the caller's would be; sums
+    over them are in float32. A row depends on its batch no further than torch's products do: in how they round.
 
     Args:
         hidden: ``[..., dim]`` float32, float16, bfloat16 or float64: the last hidden states, after the final norm.
@@ -134,8 +140,9 @@ def _by_groups_of_rows(
 ) -> tuple[Tensor, Tensor]:
     sample = SAMPLE_TOKENS.resolve(hidden.device.type, hidden.dtype, backend)
     size = max(1, MOST_LOGITS // len(weight))
+    product = head_product(weight)
     groups = [slice(first, first + size) for first in range(0, max(1, len(hidden)), size)]
-    found = [sample(head(hidden[group], weight, bias)[None], settings.of_rows(group)) for group in groups]
+    found = [sample(product(hidden[group], weight, bias)[None], settings.of_rows(group)) for group in groups]
     ids, statistics = zip(*found, strict=True)
     return torch.cat(ids, 1), torch.cat(statistics, 1)
 
@@ -144,4 +151,14 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Se
     return sample_reference(head(hidden, weight, bias)[None], settings)
 
 
-SPEC = OpSpec(name="sample_from_hidden", reference=_reference, validate=validate_head, implementations=())
+def _load_cpp() -> Run:
+    wanted = instruction_set()
+    return lambda hidden, weight, bias, settings: _head_cpp.run_cpp(hidden, weight, bias, settings, wanted)
+
+
+SPEC = OpSpec(
+    name="sample_from_hidden",
+    reference=_reference,
+    validate=validate_head,
+    implementations=(Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),),
+)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_runtime.ops._instruction_set import instruction_set
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._restriction import unpack_allowed
 from diffusion_runtime.ops._rows import as_rows
@@ -160,12 +161,7 @@ def check_distributions(
 
 
 def _load_cpp() -> Run:
-    from diffusion_runtime import _C
-
-    usable = _C.instruction_sets()
-    wanted = os.environ.get("DIFFUSION_RUNTIME_INSTRUCTION_SET") or usable[0]
-    if wanted not in usable:
-        raise ImportError(f"DIFFUSION_RUNTIME_INSTRUCTION_SET={wanted}, but this CPU has {', '.join(usable)}")
+    wanted = instruction_set()
     return lambda logits, settings: run_cpp(logits, settings, wanted)
 
 

@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
 from diffusion_runtime.ops._sample_from_hidden import run as sample_from_hidden_rows
 from diffusion_runtime.ops._sample_reference import softcapped
+from diffusion_runtime.ops._sample_tokens import FLOATS
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
 from diffusion_runtime.ops._sample_tokens import Run as RunSampler
 from diffusion_runtime.ops._settings import Settings, softcap_setting
@@ -179,8 +182,10 @@ def tiled_from_hidden(weigh: Weigh, backend: str) -> RunFromHidden:
             found = sample_from_hidden_rows(hidden, weight, bias, settings, backend)
             softmax = softmax._replace(logsumexp=_logsumexp(found, settings, hidden.device))
 
+        product = head_product(weight)
+
         def logits_of(tile: slice) -> Tensor:
-            return head(hidden, weight[tile], None if bias is None else bias[tile])[None]
+            return product(hidden, weight[tile], None if bias is None else bias[tile])[None]
 
         return _accumulate(weigh, logits_of, embedding, softmax)
 
@@ -238,7 +243,29 @@ def _reference_from_hidden(
     return _reference(head(hidden, weight, bias)[None], embedding, softmax)
 
 
-SPEC = OpSpec(name="soft_embedding", reference=_reference, validate=_validate, implementations=())
+def weigh_cpp(logits: Tensor, softmax: Softmax, out: Tensor, instruction_set: str) -> None:
+    from diffusion_runtime import _C
+
+    assert softmax.logsumexp is not None
+    temperature, softcap, masked, logsumexp = softmax
+    _C.weigh(logits, temperature, softcap, masked, logsumexp.float(), out, instruction_set)  # type: ignore[union-attr]
+
+
+def _load_weigh_cpp() -> Weigh:
+    wanted = instruction_set()
+    return lambda logits, softmax, out: weigh_cpp(logits, softmax, out, wanted)
+
+
+_CPU = frozenset({"cpu"})
+SPEC = OpSpec(
+    name="soft_embedding",
+    reference=_reference,
+    validate=_validate,
+    implementations=(Implementation("cpp", _CPU, FLOATS, lambda: tiled(_load_weigh_cpp(), "cpp")),),
+)
 SPEC_FROM_HIDDEN = OpSpec(
-    name="soft_embedding_from_hidden", reference=_reference_from_hidden, validate=validate_head, implementations=()
+    name="soft_embedding_from_hidden",
+    reference=_reference_from_hidden,
+    validate=validate_head,
+    implementations=(Implementation("cpp", _CPU, FLOATS, lambda: tiled_from_hidden(_load_weigh_cpp(), "cpp")),),
 )

@@ -1,0 +1,60 @@
+"""``sample_from_hidden`` in C++: torch makes a tile of logits that stays in the cache, C++ keeps what matters of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._settings import Settings
+
+CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h
+TILE_LOGITS = 1 << 19  # of a tile, 2 MB of float32
+MOST_ROWS = 1024  # at once: what is kept takes 12 bytes a row for each 512 tokens, and a tile has a chunk at least
+
+
+def tiles(rows: int, vocab: int) -> Iterator[slice]:
+    """The vocabulary in tiles of whole chunks. What is left joins the last one: products of few tokens round otherwise,
+    and a row must not depend on how many there are."""
+    size = max(1, TILE_LOGITS // rows // CHUNK) * CHUNK
+    first = 0
+    while first < vocab:
+        last = first + size if vocab - first - size >= CHUNK else vocab
+        yield slice(first, last)
+        first = last
+
+
+def run_cpp(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, instruction_set: str
+) -> tuple[Tensor, Tensor]:
+    ids = torch.empty(2, len(hidden), dtype=torch.int64)
+    statistics = torch.empty(5, len(hidden), dtype=torch.float32)
+    for first in range(0, len(hidden), MOST_ROWS):
+        group = slice(first, first + MOST_ROWS)
+        found = _of_group(hidden[group].contiguous(), weight, bias, settings.of_rows(group), instruction_set)
+        ids[:, group], statistics[:, group] = found
+    return ids, statistics
+
+
+def _of_group(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, instruction_set: str
+) -> tuple[Tensor, Tensor]:
+    from diffusion_runtime import _C
+
+    rows, vocab = len(hidden), len(weight)
+    temperatures = settings.temperature, settings.statistics_temperature
+    workspace = torch.empty(_C.head_workspace(rows, vocab, settings.temperature), dtype=torch.uint8)
+    product = head_product(weight)
+    for tile in tiles(rows, vocab):
+        logits = product(hidden, weight[tile], None if bias is None else bias[tile])
+        _C.read_head_tile(
+            logits, tile.start, vocab, *temperatures, settings.softcap, settings.allowed, workspace, instruction_set
+        )
+    ids, statistics = torch.empty(2, rows, dtype=torch.int64), torch.empty(5, rows, dtype=torch.float32)
+    position = torch.arange(rows) if settings.position is None else settings.position
+    places = (settings.temperature, settings.seed, position, settings.step, settings.statistics_temperature)
+    limits = (settings.softcap, settings.allowed)
+    _C.sample_head(hidden, weight, bias, *places, *limits, workspace, ids, statistics, instruction_set)
+    return ids, statistics

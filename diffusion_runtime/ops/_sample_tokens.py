@@ -169,7 +169,7 @@ def run_cpp(logits: Tensor, settings: Settings, instruction_set: str) -> tuple[T
     from diffusion_runtime import _C
 
     ids, statistics = _results(logits)
-    _C.sample_tokens(logits, *settings, ids, statistics, instruction_set)  # type: ignore[arg-type]
+    _C.sample_tokens(logits, *settings, ids, statistics, instruction_set)
     return ids, statistics
 
 
@@ -199,7 +199,7 @@ def _load_cuda() -> Run:
                 size = _C_cuda.sample_tokens_workspace(ids.shape[1], logits.shape[2])
                 workspace = torch.zeros(size, dtype=torch.uint8, device=logits.device)
                 stream = torch.cuda.current_stream().cuda_stream
-                _C_cuda.sample_tokens(logits, *settings[:7], ids, statistics, workspace, stream)  # type: ignore[arg-type]
+                _C_cuda.sample_tokens(logits, *settings[:7], ids, statistics, workspace, stream)
         return ids, statistics
 
     return run

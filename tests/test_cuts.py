@@ -148,6 +148,8 @@ class TestCuts:
         for top_p in (0.0, 1e-30):
             keep = logits == logits.amax(-1, keepdim=True)
             assert_cut_is_a_mask(logits, keep, backend, top_p=top_p)
+        keep, top_p = which_stay(logits[:3, :900], top_p=0.9995)
+        assert_cut_is_a_mask(logits[:3, :900], keep, backend, top_p=top_p)
         nearly = sample_tokens(
             logits, backend=backend, temperature=1.0, seed=1, statistics="restricted", top_p=1 - 2**-24
         )

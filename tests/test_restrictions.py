@@ -152,7 +152,7 @@ class TestEdges:
     [
         ("cpp", 200_000),
         ("reference", 20_000),
-        ("triton", 4_000),
+        ("triton", 1_000),
         pytest.param("cuda", 200_000, marks=pytest.mark.gpu),
     ],
 )

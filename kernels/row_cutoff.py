@@ -1,8 +1,9 @@
 """The smallest logit of each row that ``top_k``, ``top_p`` and ``min_p`` leave, in one launch.
 
-The largest value is sought at which enough tokens, or enough of the mass, are as large. The search halves an interval
-between two values of the row. While more tokens lie in it than one chunk has, a step reads the parts of the row whose
-largest logit reaches its middle; the tokens that are left are then gathered, and the search goes on in registers.
+The search of ``_search.py`` halves an interval between two values of a row. While more tokens lie in it than one chunk
+has, a step reads the parts of the row whose largest logit reaches its middle; then the tokens that are left are
+gathered, and the search goes on in registers. At vocabularies of 126,464 that is after 1 to 4 passes over normally
+distributed logits where a few thousand tokens stay, and after 6 to 9 where most of them do.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diffusion_runtime.kernels._common import (
     softcapped,
     top_value,
 )
+from diffusion_runtime.kernels._search import LOWEST, above_in_block, least_of_share, middle_of, narrowed
 from diffusion_runtime.kernels.row_parts import (
     ROW_OPTIONS,
     SETTINGS,
@@ -34,17 +36,6 @@ from diffusion_runtime.kernels.row_parts import (
     words_and_stride,
 )
 from torch import Tensor
-
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of the finite numbers
-
-
-@triton.jit
-def _middle(low, high, reach):
-    """A value above ``low`` and at most ``high``; where there is no ``low`` yet, ``reach`` below ``high``."""
-    wide = high.to(tl.float64)
-    value = tl.where(low == -INF, wide - reach, 0.5 * (low.to(tl.float64) + wide))
-    value = tl.maximum(value, _LOWEST).to(tl.float32)
-    return tl.where(value > low, value, high)
 
 
 @triton.jit
@@ -74,77 +65,23 @@ def _above_in_parts(
 
 
 @triton.jit
-def _above_in_block(x, weight, middle):
-    """The same of x [rows, n], whose tokens have the mass ``weight``."""
-    above = x >= middle[:, None]
-    mass = tl.sum(tl.where(above, weight, 0.0), 1).to(tl.float64)
-    below = tl.max(tl.where(above, -INF, x), 1)
-    return tl.sum(above.to(tl.int32), 1), mass, tl.min(tl.where(above, x, INF), 1), below
-
-
-@triton.jit
-def _narrowed(low, high, count, mass, goal, by_count, by_mass, searching, largest, top_k, top_p, found):
-    """One step of the rows ``searching``: ``found`` is what reaches a middle between ``low`` and ``high``.
-
-    low, high: values of the row between which the sought one lies; enough tokens reach ``low``: ``count`` of them, with
-    ``mass``. A row that looks ``by_count`` and is there goes on ``by_mass``, for ``goal``, a share of what is left.
-    """
-    found_count, found_mass, smallest, below = found
-    enough = searching & tl.where(by_count, found_count >= top_k, found_mass >= goal)
-    low, high = tl.where(enough, smallest, low), tl.where(searching & ~enough, below, high)
-    count, mass = tl.where(enough, found_count, count), tl.where(enough, found_mass, mass)
-    counted = by_count & ((low >= high) | (count == top_k))
-    goal = tl.where(counted, mass * top_p, goal)
-    high = tl.where(counted & by_mass, largest, tl.where(counted, low, high))
-    return low, high, count, mass, goal, by_count & ~counted
-
-
-@triton.jit
-def _gather(row_ptr, allowed_ptr, part_ptr, gathered_ptr, live, low, vocab, num_parts, CHUNK: tl.constexpr):
-    """The logits [rows, CHUNK] that reach ``low``, in the order of their tokens; -inf behind them."""
-    lane = tl.arange(0, CHUNK)[None, :]
+def _gather(row_ptr, allowed_ptr, part_ptr, gathered_ptr, live, low, high, vocab, num_parts, CHUNK: tl.constexpr):
+    """The logits [rows, CHUNK] from ``low`` to ``high``, in the order of their tokens; -inf behind them."""
     count = tl.full(low.shape, 0, tl.int32)
-    low = tl.maximum(low, _LOWEST)
+    low = tl.maximum(low, LOWEST)
+    tl.debug_barrier()  # other threads have read what these overwrite
     for part in range(num_parts):
         reached = live & (tl.load(part_ptr + part, mask=live, other=-INF) >= low)
         if tl.max(reached.to(tl.int32), 0) > 0:
             first = (tl.full(low.shape, 0, tl.int64) + part) * CHUNK
             x = load_logits(row_ptr, first, vocab, reached, CHUNK, allowed_ptr)
-            taken = x >= low[:, None]
+            taken = (x >= low[:, None]) & (x <= high[:, None])
             place = count[:, None] + tl.cumsum(taken.to(tl.int32), 1) - 1
             tl.store(gathered_ptr[:, None] + place, x, mask=taken & (place < CHUNK))
             count += tl.sum(taken.to(tl.int32), 1)
     tl.debug_barrier()  # other threads read what these stored
+    lane = tl.arange(0, CHUNK)[None, :]
     return tl.load(gathered_ptr[:, None] + lane, mask=lane < count[:, None], other=-INF)
-
-
-@triton.jit
-def _value_of(key):
-    """The float32 at a place in the order of all of them, int64; that of +0 is 0."""
-    bits = key.to(tl.int32)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _key_of(value):
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-
-
-@triton.jit
-def _least_of_share(largest, top, softcap, inverse, share):
-    """The smallest number whose weight is ``share`` [rows], above 0, of that of ``largest``; reads no logits.
-
-    A search also under a softcap, whose inverse would take equal y apart.
-    """
-    low, high = _key_of(tl.full(largest.shape, -INF, tl.float32)), _key_of(largest)
-    for _ in range(5):  # 128 numbers in each, 2^35 in all
-        key = low[:, None] + (((high - low)[:, None] * tl.arange(0, 128)[None, :]) >> 7)
-        weight = tl.exp2(exponent(softcapped(_value_of(key), softcap), top, inverse))
-        large = weight >= share[:, None]
-        low = tl.maximum(low, tl.max(tl.where(large, low[:, None], key), 1))
-        high = tl.minimum(high, tl.min(tl.where(large, key, high[:, None]), 1))
-    return _value_of(high)
 
 
 @triton.jit(do_not_specialize=["num_rows", "inner", "allowed_stride", "top_k"])
@@ -195,44 +132,50 @@ def _row_cutoff_kernel(
     drawn = drawn & (mass == mass)
 
     by_count, by_mass = drawn & (k > 0) & (k < vocab), drawn & (p < 1)
+    limits = (largest, k, p)
     goal = mass * p
     low, high = tl.full(rows.shape, -INF, tl.float32), largest
     count = tl.full(rows.shape, 0, tl.int32) + vocab
+    over_count, over_mass = count * 0, mass * 0.0
     reach = 4.0 / inverse
     reach = tl.where(by_count, tl.maximum(reach, 4.0), reach)
-    if gathered_ptr is not None:
-        searching = (by_count | by_mass) & (low < high) & (count > CHUNK)
-        while tl.max(searching.to(tl.int32), 0) > 0:
-            middle = _middle(low, high, reach)
-            found = _above_in_parts(
-                row_ptr, allowed_ptr, part_ptr, searching, middle, top, softcap, inverse, vocab, num_parts, CHUNK
-            )
-            low, high, count, mass, goal, by_count = _narrowed(
-                low, high, count, mass, goal, by_count, by_mass, searching, largest, k, p, found
-            )
-            reach *= 2
-            searching = (by_count | by_mass) & (low < high) & (count > CHUNK)
-
     searching = (by_count | by_mass) & (low < high)
-    if tl.max(searching.to(tl.int32), 0) > 0:
+    while tl.max(searching.to(tl.int32), 0) > 0:  # twice where top_k leaves more than a chunk to top_p
         if gathered_ptr is None:
             x = load_logits(row_ptr, tl.full(rows.shape, 0, tl.int64), vocab, searching, CHUNK, allowed_ptr)
         else:
+            wide = searching & (count - over_count > CHUNK)
+            while tl.max(wide.to(tl.int32), 0) > 0:
+                found = _above_in_parts(
+                    row_ptr, allowed_ptr, part_ptr, wide, middle_of(low, high, reach), top, softcap, inverse,
+                    vocab, num_parts, CHUNK,
+                )  # fmt: skip
+                low, high, count, mass, over_count, over_mass, goal, by_count = narrowed(
+                    low, high, count, mass, over_count, over_mass, goal, by_count, by_mass, wide, limits, found
+                )
+                reach = tl.where(wide, 2 * reach, reach)
+                searching = (by_count | by_mass) & (low < high)
+                wide = searching & (count - over_count > CHUNK)
             x = _gather(
-                row_ptr, allowed_ptr, part_ptr, gathered_ptr + rows * CHUNK, searching, low, vocab, num_parts, CHUNK
-            )
+                row_ptr, allowed_ptr, part_ptr, gathered_ptr + rows * CHUNK, searching, low,
+                tl.where(count > CHUNK, high, INF), vocab, num_parts, CHUNK,
+            )  # fmt: skip
         weight = tl.exp2(exponent(softcapped(x, softcap), top, inverse))
-        while tl.max(searching.to(tl.int32), 0) > 0:
-            found = _above_in_block(x, weight, _middle(low, high, reach))
-            low, high, count, mass, goal, by_count = _narrowed(
-                low, high, count, mass, goal, by_count, by_mass, searching, largest, k, p, found
+        partial, began_by_count = count > CHUNK, by_count
+        rest_count, rest_mass = tl.where(partial, over_count, 0), tl.where(partial, over_mass, 0.0)
+        narrow = searching
+        while tl.max(narrow.to(tl.int32), 0) > 0:
+            found = above_in_block(x, weight, middle_of(low, high, reach), rest_count, rest_mass)
+            low, high, count, mass, over_count, over_mass, goal, by_count = narrowed(
+                low, high, count, mass, over_count, over_mass, goal, by_count, by_mass, narrow, limits, found
             )
-            reach *= 2
+            reach = tl.where(narrow, 2 * reach, reach)
             searching = (by_count | by_mass) & (low < high)
+            narrow = searching & ~(partial & (by_count != began_by_count))
 
     by_share = drawn & (share > 0)
     if tl.max(by_share.to(tl.int32), 0) > 0:
-        low = tl.maximum(low, tl.where(by_share, _least_of_share(largest, top, softcap, inverse, share), -INF))
+        low = tl.maximum(low, tl.where(by_share, least_of_share(largest, top, softcap, inverse, share), -INF))
     tl.store(cutoff_ptr + rows, low, mask=live)
 
 
@@ -265,11 +208,11 @@ def row_cutoff(
     cutoff = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     gathered = None
     if config.num_parts > 1:
-        gathered = torch.empty(num_rows, config.rows["CHUNK"], dtype=torch.float32, device=logits.device)
-    _row_cutoff_kernel[(triton.cdiv(num_rows, config.rows["BLOCK_ROWS"]),)](
+        gathered = torch.empty(num_rows, config.search["CHUNK"], dtype=torch.float32, device=logits.device)
+    _row_cutoff_kernel[(triton.cdiv(num_rows, config.search["BLOCK_ROWS"]),)](
         logits, masked, *pointer_or_value(temperature, 0.0), softcap or None, *words_and_stride(allowed),
         *pointer_or_value(top_k, 0), *pointer_or_value(top_p, 0.0), *pointer_or_value(min_p, 0.0), parts, gathered,
-        cutoff, num_rows, inner, vocab, logits.stride(0), logits.stride(1), **config.rows, **ROW_OPTIONS,
+        cutoff, num_rows, inner, vocab, logits.stride(0), logits.stride(1), **config.search, **ROW_OPTIONS,
     )  # fmt: skip
     return cutoff
 
@@ -286,5 +229,5 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
         ("bf16", 4_096, " allowed", (*SETTINGS, "gathered_ptr")),
     ):
         config = launch_config(vocab)
-        compilations.append(compilation(_row_cutoff_kernel, what, dtype, vocab, none, config.rows, ROW_OPTIONS))
+        compilations.append(compilation(_row_cutoff_kernel, what, dtype, vocab, none, config.search, ROW_OPTIONS))
     return compilations

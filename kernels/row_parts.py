@@ -95,7 +95,8 @@ _INTERPRETED = not isinstance(_row_parts_kernel, triton.JITFunction)
 class Launch(NamedTuple):
     num_parts: int
     parts: dict[str, int]  # constants of a program for some rows of one part
-    rows: dict[str, int]  # and of one for all parts of some rows
+    rows: dict[str, int]  # of one for all parts of some rows
+    search: dict[str, int]  # and of one that searches a row, each for its own time
 
 
 def launch_config(vocab: int) -> Launch:
@@ -108,7 +109,8 @@ def launch_config(vocab: int) -> Launch:
     chunk = min(4096, max(TILE.value, triton.next_power_of_2(vocab)))
     num_parts = triton.cdiv(vocab, chunk)
     parts = {"CHUNK": chunk, "BLOCK_ROWS": min(most_rows, most_logits // chunk)}
-    return Launch(num_parts, parts, parts | {"BLOCK_PARTS": min(64, triton.next_power_of_2(num_parts))})
+    rows = parts | {"BLOCK_PARTS": min(64, triton.next_power_of_2(num_parts))}
+    return Launch(num_parts, parts, rows, rows if _INTERPRETED else rows | {"BLOCK_ROWS": 1})
 
 
 # Products and sums stay apart where the code does not say fma. Fused, softcap * tanh(...) - top would not be 0 for the

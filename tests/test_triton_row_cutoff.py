@@ -123,6 +123,21 @@ class TestSearch:
             assert (got | (weight < min_p + rounding)).all()
             assert (~got | (weight > min_p - rounding)).all()
 
+    def test_a_share_and_a_mass_that_are_just_reached(self):
+        half = -math.log(2)  # times log2(e) it rounds to -1, and weighs 1/2
+        logits = torch.full((1, 300), -math.inf)
+        logits[0, [7, 50, 100]] = torch.tensor([half, 0.0, half])  # in one part, whose top is that of the row
+        assert cutoff_of(logits, top_p=0.5) == 0
+        assert cutoff_of(logits, top_p=0.501) == logits[0, 7]
+        assert cutoff_of(logits, min_p=0.5) <= logits[0, 7]
+        assert cutoff_of(logits, min_p=0.501) > logits[0, 7]
+
+    def test_a_part_whose_largest_logit_is_the_middle(self):
+        logits = torch.full((1, 768), -math.inf)
+        logits[0, :30], logits[0, 30:530], logits[0, 640:670], logits[0, 670:700] = 1.0, 2.0, 1.0, 0.0
+        for k, expected in ((500, 2), (501, 1), (560, 1), (561, 0), (575, 0), (591, -math.inf)):
+            assert cutoff_of(logits, top_k=k) == expected
+
     def test_rows_that_are_not_cut(self):
         logits = torch.randn(6, 700)
         logits[1, 5], logits[2, 5], logits[3] = math.nan, math.inf, -math.inf

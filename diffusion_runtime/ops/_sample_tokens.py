@@ -177,11 +177,9 @@ def _load_triton() -> Run:
     from diffusion_runtime.kernels import sample_tokens as kernel
 
     def run(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        if settings.limits:  # SCAFFOLD-TRITON
-            return sample_reference(logits, settings)
         ids, statistics = _results(logits)
         if ids.numel():
-            kernel.sample_tokens(logits, *settings[:7], ids, statistics)
+            kernel.sample_tokens(logits, *settings, ids, statistics)
         return ids, statistics
 
     return run

@@ -15,17 +15,6 @@ struct DrawShared {
   float weight[kTile];
 };
 
-template <class X, class Combine>
-__device__ __forceinline__ X over_warp(X x, const Combine& combine) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x = combine(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-template <class X>
-__device__ __forceinline__ X sum_of_warp(X x) {
-  return over_warp(x, [](X a, X b) { return a + b; });
-}
-
 // The tile with the largest logit, the lowest at a tie.
 struct BestTile {
   uint32_t key;
@@ -33,11 +22,10 @@ struct BestTile {
 };
 
 __device__ __forceinline__ BestTile best_tile(const uint32_t* tile_keys, int num_tiles, DrawShared& shared) {
-  const auto larger = [](uint64_t a, uint64_t b) { return max(a, b); };
   uint64_t best = 0;
   for (int tile = threadIdx.x; tile < num_tiles; tile += kDrawThreads)
     best = max(best, uint64_t{tile_keys[tile]} << 32 | uint32_t(~tile));
-  best = over_warp(best, larger);
+  best = max_over_warp(best);
   if (threadIdx.x % 32 == 0) shared.warp_best[threadIdx.x / 32] = best;
   __syncthreads();
   for (int w = 0; w < kDrawWarps; ++w) best = max(best, shared.warp_best[w]);
@@ -66,7 +54,7 @@ struct Kept {
   float smallest;  // the same as a logit
   float min_p;
 
-  __device__ __forceinline__ float weight_of(float y) const { return fast_exp2((y - top) * row.scales.draw); }
+  __device__ __forceinline__ float weight_of(float y) const { return fast_exp2(exponent(y, top, row.scales.draw)); }
 
   // 0 for a token that is cut; y = softcap(x).
   __device__ __forceinline__ float kept_weight(float x, float y) const {
@@ -87,7 +75,7 @@ __device__ __forceinline__ uint32_t cutoff_of(const SampleTokens& op, const Row<
   if (top_k > 0 && top_k < row.vocab) {
     const uint32_t guess = key_of_large_tiles(row, tile_keys, top_k, bins, shared.cut);
     const uint32_t cutoff = find_cutoff(
-        row, tile_keys, guess, bins, shared.cut, [](float) { return uint64_t{1}; },
+        row, tile_keys, guess, bins, 0, shared.cut, [](float) { return uint64_t{1}; },
         [&](uint64_t) { return uint64_t(top_k); });
     lowest = max(lowest, cutoff);
   }
@@ -95,9 +83,13 @@ __device__ __forceinline__ uint32_t cutoff_of(const SampleTokens& op, const Row<
   if (top_p >= 1) return lowest;
   // masses as integers, so scaled that the sum over the row fits in 62 bits
   const float unit = __uint_as_float(unsigned(127 + 62 - (32 - __clz(row.vocab))) << 23);
-  const auto mass_of = [&](float x) { return uint64_t(fast_exp2((row.softcapped(x) - top) * row.scales.draw) * unit); };
+  const auto mass_of = [&](float x) {
+    return uint64_t(fast_exp2(exponent(row.softcapped(x), top, row.scales.draw)) * unit);
+  };
   const auto share = [&](uint64_t total) { return max(uint64_t(ceil(double(top_p) * double(total))), uint64_t{1}); };
-  return max(lowest, find_cutoff(row, tile_keys, lowest, bins, shared.cut, mass_of, share));
+  // all tokens below this together are less than what top_p leaves out
+  const uint64_t negligible = uint64_t((1 - top_p) * unit / 2) / unsigned(row.vocab);
+  return max(lowest, find_cutoff(row, tile_keys, lowest, bins, negligible, shared.cut, mass_of, share));
 }
 
 // The sums over what a thread has seen of the kept tokens, at the temperature of the statistics.
@@ -120,9 +112,9 @@ __device__ __forceinline__ KeptStatistics weigh_tiles(const Kept<T>& kept, bool 
       const float y = row.softcapped(x[i]);
       draw_mass += kept.kept_weight(x[i], y);
       if (restricted && kept.keeps(x[i], y)) {
-        const float z = (y - kept.top) * row.scales.statistics, weight = fast_exp2(z);
+        const float z = exponent(y, kept.top, row.scales.statistics), weight = fast_exp2(z);
         mass += weight;
-        moment += fmaxf(z, -126.0f) * weight;  // a z of -inf has weight 0
+        moment += fmaxf(z, kLowestExponent) * weight;  // a z of -inf has weight 0
         if (token + i != argmax) all.second = fmaxf(all.second, x[i]);
       }
     }
@@ -148,7 +140,7 @@ __device__ __forceinline__ int draw_kept(const Kept<T>& kept, const Uniforms& un
   double mass = 0;
   for (int i = 0; i < run; ++i) mass += mass_of_tile(int64_t{threadIdx.x} * run + i);
   shared.run_mass[threadIdx.x] = mass;
-  mass = sum_of_warp(mass);
+  mass = sum_over_warp(mass);
   if (threadIdx.x % 32 == 0) shared.warp_mass[threadIdx.x / 32] = mass;
   __syncthreads();
   double total = 0;
@@ -175,8 +167,8 @@ __device__ __forceinline__ int draw_kept(const Kept<T>& kept, const Uniforms& un
 template <class T>
 __device__ __forceinline__ RowResult kept_result(const Kept<T>& kept, const KeptStatistics& of_thread, int token,
                                                  DrawShared& shared) {
-  const double warp_mass = sum_of_warp(of_thread.mass), warp_moment = sum_of_warp(of_thread.moment);
-  const float warp_second = over_warp(of_thread.second, [](float a, float b) { return fmaxf(a, b); });
+  const double warp_mass = sum_over_warp(of_thread.mass), warp_moment = sum_over_warp(of_thread.moment);
+  const float warp_second = max_over_warp(of_thread.second);
   if (threadIdx.x % 32 == 0) {
     shared.warp_statistics_mass[threadIdx.x / 32] = warp_mass;
     shared.warp_moment[threadIdx.x / 32] = warp_moment;
@@ -214,17 +206,14 @@ template <class T>
 __global__ void __launch_bounds__(kDrawThreads, 1) restricted_draw_kernel(const __grid_constant__ SampleTokens op) {
   SHARED(DrawShared, shared);
   const int64_t r = blockIdx.x;
-  if (op.masked != nullptr && !op.masked[r]) return;  // these returns are the whole block's
   const int64_t argmax = op.ids[op.rows + r];
-  if (argmax < 0) return;  // no distribution
-  if (!draws_later(op, r)) return;
+  if (argmax < 0 || !draws_later(op, r)) return;  // -1: not masked, or no distribution; so for the whole block
   const Row<T> row = row_of<T>(op, r);
   const Workspace workspace = workspace_of(op);
   const int64_t first_tile = r * tiles_of(op.vocab);
   const uint32_t* const tile_keys = workspace.tile_keys + first_tile;
 
   const BestTile best = best_tile(tile_keys, tiles_of(op.vocab), shared);
-  __syncthreads();
   if (best.key <= kNoKey) {
     if (threadIdx.x == 0) store(op, r, no_distribution());
     return;

@@ -20,6 +20,7 @@ constexpr int kThreads = SAMPLE_TOKENS_THREADS;
 constexpr int kMaxRowBlocks = SAMPLE_TOKENS_ROW_BLOCKS;  // of one row: the limit of gridDim.y
 
 constexpr int kNone = 0x7FFFFFFF;  // comes after every token
+constexpr float kLowestExponent = -126.0f;
 
 struct alignas(16) ChunkPart {
   RowPart part;
@@ -48,6 +49,24 @@ struct Row {
     return token < vocab && (allowed_from(token) & 1) ? to_float(__ldg(logits + token)) : -INFINITY;
   }
 };
+
+template <class X, class Combine>
+__device__ __forceinline__ X over_warp(X x, const Combine& combine) {
+#pragma unroll
+  for (int bit = 16; bit > 0; bit /= 2) x = combine(x, __shfl_xor_sync(~0u, x, bit));
+  return x;
+}
+template <class X>
+__device__ __forceinline__ X max_over_warp(X x) {
+  return over_warp(x, [](X a, X b) { return max(a, b); });
+}
+template <class X>
+__device__ __forceinline__ X sum_over_warp(X x) {
+  return over_warp(x, [](X a, X b) { return a + b; });
+}
+
+// (y - top) * scale: the difference first, because a product of two large numbers would round away what they differ by.
+__device__ __forceinline__ float exponent(float y, float top, float scale) { return (y - top) * scale; }
 
 template <class X>
 __device__ __forceinline__ X at(const PerRow<X>& setting, int64_t r) {

@@ -11,7 +11,6 @@ constexpr int kBlocksPerMultiprocessor = 6;  // so at most 80 registers a thread
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kTiles = kChunk / kTile;
-constexpr float kLowestExponent = -126.0f;
 static_assert(kChunk % kTile == 0 && kThreads % 32 == 0, "whole tiles and warps");
 
 template <class T>
@@ -24,21 +23,6 @@ struct Shared {
   float weight[kTile];
   bool is_last;
 };
-
-__device__ __forceinline__ float max_over_warp(float x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-
-__device__ __forceinline__ float sum_over_warp(float x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x += __shfl_xor_sync(~0u, x, bit);
-  return x;
-}
-
-// (y - top) * scale: the difference first, because a product of two large numbers would round away what they differ by.
-__device__ __forceinline__ float exponent(float y, float top, float scale) { return (y - top) * scale; }
 
 // Copies with all threads of the block; each asks for several elements before it uses the first.
 template <class Element>

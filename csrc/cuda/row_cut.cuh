@@ -104,25 +104,32 @@ struct LogitBins {
 };
 
 // The key of the logit with which the amounts of the tokens, from the largest logit on, reach target_of(the amount of
-// all); only keys from `lowest` on count. kNoKey if the target is never reached.
+// all); only keys from `lowest` on count. kNoKey if the target is never reached. Amounts below `negligible` may be so
+// called only if the others reach the target: they are added up apart, without the bins' atomics.
 template <class T, class Amount, class Target>
 __device__ __forceinline__ uint32_t find_cutoff(const Row<T>& row, const uint32_t* tile_keys, uint32_t lowest,
-                                                const LogitBins& bins, CutShared& shared, const Amount& amount_of,
-                                                const Target& target_of) {
-  const auto add_tokens = [&](uint32_t low, uint32_t high, const auto& bin_of) {
+                                                const LogitBins& bins, uint64_t negligible, CutShared& shared,
+                                                const Amount& amount_of, const Target& target_of) {
+  const auto add_tokens = [&](uint32_t low, uint32_t high, uint64_t least, const auto& bin_of) {
     clear_bins(shared);
+    uint64_t rest = 0;
     for_each_span<kDrawWarps>(row, tile_keys, low, [&](int, const float (&logits)[Vector16<T>::kSize]) {
 #pragma unroll
       for (const float x : logits) {
         const uint32_t key = key_of(x);
         if (key < low || key > high) continue;
         const uint64_t amount = amount_of(x);
-        if (amount != 0) add_to_bin(shared, bin_of(x, key), amount);
+        if (amount < least)
+          rest += amount;
+        else
+          add_to_bin(shared, bin_of(x, key), amount);
       }
     });
+    rest = sum_over_warp(rest);
+    if (rest != 0 && threadIdx.x % 32 == 0) add_to_bin(shared, kBins - 1, rest);
   };
   uint32_t high = key_of(bins.top);
-  add_tokens(lowest, high, [&](float x, uint32_t) { return bins.of(x); });
+  add_tokens(lowest, high, max(negligible, uint64_t{1}), [&](float x, uint32_t) { return bins.of(x); });
   Found found = find_bin(shared, 0, target_of);
   if (found.bin == kBins) return kNoKey;
   uint32_t low = max(lowest, bins.smallest_key(found.bin));
@@ -130,7 +137,7 @@ __device__ __forceinline__ uint32_t find_cutoff(const Row<T>& row, const uint32_
   while (low < high) {
     const uint32_t wide = (high - low) / kBins;
     const int shift = wide == 0 ? 0 : 32 - __clz(int(wide));
-    add_tokens(low, high, [&](float, uint32_t key) { return int((high - key) >> shift); });
+    add_tokens(low, high, 1, [&](float, uint32_t key) { return int((high - key) >> shift); });
     found = find_bin(shared, found.above, [&](uint64_t) { return found.target; });
     high -= uint32_t(found.bin) << shift;
     low = high - min(high - low, (1u << shift) - 1);

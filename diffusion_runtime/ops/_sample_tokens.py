@@ -189,15 +189,13 @@ def _load_cuda() -> Run:
     from diffusion_runtime import _C_cuda
 
     def run(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        if settings.limits:  # SCAFFOLD-CUDA
-            return sample_reference(logits, settings)
         ids, statistics = _results(logits)
         if ids.numel():
             with torch.cuda.device(logits.device):
-                size = _C_cuda.sample_tokens_workspace(ids.shape[1], logits.shape[2])
+                size = _C_cuda.sample_tokens_workspace(ids.shape[1], logits.shape[2], settings.limits)
                 workspace = torch.zeros(size, dtype=torch.uint8, device=logits.device)
                 stream = torch.cuda.current_stream().cuda_stream
-                _C_cuda.sample_tokens(logits, *settings[:7], ids, statistics, workspace, stream)
+                _C_cuda.sample_tokens(logits, *settings, ids, statistics, workspace, stream)
         return ids, statistics
 
     return run

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._head_triton import load_weigh
+from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
 from diffusion_runtime.ops._sample_from_hidden import run as sample_from_hidden_rows
 from diffusion_runtime.ops._sample_reference import softcapped
+from diffusion_runtime.ops._sample_tokens import FLOATS
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
 from diffusion_runtime.ops._sample_tokens import Run as RunSampler
 from diffusion_runtime.ops._settings import Settings, softcap_setting
@@ -238,7 +240,17 @@ def _reference_from_hidden(
     return _reference(head(hidden, weight, bias)[None], embedding, softmax)
 
 
-SPEC = OpSpec(name="soft_embedding", reference=_reference, validate=_validate, implementations=())
+SPEC = OpSpec(
+    name="soft_embedding",
+    reference=_reference,
+    validate=_validate,
+    implementations=(Implementation("triton", triton_devices(), FLOATS, lambda: tiled(load_weigh(), "triton")),),
+)
 SPEC_FROM_HIDDEN = OpSpec(
-    name="soft_embedding_from_hidden", reference=_reference_from_hidden, validate=validate_head, implementations=()
+    name="soft_embedding_from_hidden",
+    reference=_reference_from_hidden,
+    validate=validate_head,
+    implementations=(
+        Implementation("triton", triton_devices(), FLOATS, lambda: tiled_from_hidden(load_weigh(), "triton")),
+    ),
 )

@@ -8,7 +8,7 @@ from backends import device_of
 
 pytest.importorskip("triton")
 
-from diffusion_runtime.kernels.order_rows import order_rows  # noqa: E402
+from diffusion_runtime.kernels.order_rows import order_rows
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -10,14 +10,14 @@ from backends import assert_same_tokens, device_of
 
 pytest.importorskip("triton")
 
-from diffusion_runtime.kernels import _tile_parts, finish_head  # noqa: E402
-from diffusion_runtime.kernels import sample_from_hidden as kernel  # noqa: E402
+from diffusion_runtime.kernels import _tile_parts, finish_head
+from diffusion_runtime.kernels import sample_from_hidden as kernel
 
-from diffusion_runtime import ops  # noqa: E402
-from diffusion_runtime.ops import _head_triton  # noqa: E402
-from diffusion_runtime.ops._sample_from_hidden import SPEC  # noqa: E402
-from diffusion_runtime.ops._settings import Settings  # noqa: E402
-from diffusion_runtime.testing import assert_as_accurate  # noqa: E402
+from diffusion_runtime import ops
+from diffusion_runtime.ops import _head_triton
+from diffusion_runtime.ops._sample_from_hidden import SPEC
+from diffusion_runtime.ops._settings import Settings
+from diffusion_runtime.testing import assert_as_accurate
 
 DEVICE = device_of("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -288,7 +288,7 @@ def test_the_rule():
             assert len({config["BLOCK_K"] for config in configs}) == 1
             assert all(config["BLOCK_ROWS"] % config["SLICE"] == 0 for config in configs)
             assert all(16 <= config["BLOCK_ROWS"] <= most for config in configs)
-    assert _tile_parts.NUM_KINDS == _tile_parts.INDEX.value + 1
+    assert _tile_parts.INDEX.value + 1 == _tile_parts.NUM_KINDS
 
 
 def test_the_op_takes_the_backend():

@@ -10,11 +10,11 @@ from backends import device_of
 
 pytest.importorskip("triton")
 
-from diffusion_runtime.kernels import soft_embedding as kernel  # noqa: E402
+from diffusion_runtime.kernels import soft_embedding as kernel
 
-from diffusion_runtime import ops  # noqa: E402
-from diffusion_runtime.ops import _soft_embedding  # noqa: E402
-from diffusion_runtime.testing import assert_as_accurate  # noqa: E402
+from diffusion_runtime import ops
+from diffusion_runtime.ops import _soft_embedding
+from diffusion_runtime.testing import assert_as_accurate
 
 DEVICE = device_of("triton")
 

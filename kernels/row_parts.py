@@ -147,6 +147,11 @@ def pointer_or_value(setting: Any, unused: Any) -> tuple[Tensor | None, Any]:
     return (setting, unused) if isinstance(setting, Tensor) else (None, setting)
 
 
+def signed_word(value: int) -> int:
+    """The low 32 bits with a sign: one kernel for all values, because Triton picks an int's type by its value."""
+    return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
 def words_and_stride(allowed: Tensor | None) -> tuple[Tensor | None, int]:
     return (None, 0) if allowed is None else (allowed, allowed.stride(0))
 

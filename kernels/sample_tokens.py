@@ -40,6 +40,7 @@ from diffusion_runtime.kernels.row_parts import (
     launch_config,
     pointer_or_value,
     row_parts,
+    signed_word,
     words_and_stride,
 )
 from torch import Tensor
@@ -201,9 +202,9 @@ def sample_tokens(
     num_rows = outer * inner
     config = launch_config(vocab)
     seed_ptr, seed_value = pointer_or_value(seed, 0)
-    seeds = (seed_ptr, _signed_word(seed_value), _signed_word(seed_value >> 32))
+    seeds = (seed_ptr, signed_word(seed_value), signed_word(seed_value >> 32))
     step_ptr, step_value = pointer_or_value(step, 0)
-    places = (position, step_ptr, _signed_word(step_value))
+    places = (position, step_ptr, signed_word(step_value))
     measure = (*pointer_or_value(statistics_temperature, 0.0), softcap or None)
     rows = (logits, masked, temperature, statistics_temperature, softcap)
     with torch.cuda.device_of(logits):
@@ -219,11 +220,6 @@ def sample_tokens(
             *words_and_stride(allowed), cutoff, measured, None if drawn is measured else drawn, ids, statistics,
             num_rows, inner, vocab, logits.stride(0), logits.stride(1), **config.rows, **ROW_OPTIONS,
         )  # fmt: skip
-
-
-def _signed_word(value: int) -> int:
-    """The low 32 bits with a sign: one kernel for all values, because Triton picks an int's type by its value."""
-    return (value & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
 def ahead_of_time() -> list[tuple[Any, ...]]:

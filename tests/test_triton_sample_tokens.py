@@ -116,7 +116,7 @@ def test_the_size_of_a_block_of_rows_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("value", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, -1, -(2**63), -(2**31) - 1])
 def test_words_fit_32_bits_with_a_sign(value):
-    low, high = kernel._signed_word(value), kernel._signed_word(value >> 32)
+    low, high = kernel.signed_word(value), kernel.signed_word(value >> 32)
     assert -(2**31) <= low < 2**31
     assert -(2**31) <= high < 2**31
     assert (high << 32) + (low & 0xFFFFFFFF) == value

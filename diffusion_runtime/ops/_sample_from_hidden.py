@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cpp
+from diffusion_runtime.ops import _head_cpp, _head_triton
 from diffusion_runtime.ops._head_product import head_product
 from diffusion_runtime.ops._instruction_set import instruction_set
-from diffusion_runtime.ops._registry import Implementation, OpSpec
+from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_reference import sample_reference
 from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
@@ -160,5 +160,8 @@ SPEC = OpSpec(
     name="sample_from_hidden",
     reference=_reference,
     validate=validate_head,
-    implementations=(Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),),
+    implementations=(
+        Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),
+        Implementation("triton", triton_devices(), FLOATS, _head_triton.load_sample_from_hidden),
+    ),
 )

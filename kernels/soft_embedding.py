@@ -53,7 +53,7 @@ def _weigh_kernel(
     # Far below 0 it makes no difference, and infinite terms would cancel. NaN stays.
     near = log_weight > -200.0
     log_weight = tl.where(near, tl.fma(y, tl.broadcast_to(rest, y.shape), log_weight), log_weight)
-    weight = tl.where(live[:, None], tl.exp2(log_weight * LOG2E), 0.0)
+    weight = tl.exp2(log_weight * LOG2E)  # 0 in rows that are not live: their logits read as -inf
 
     column = first + tl.arange(0, CHUNK)[None, :]
     at = out_ptr + rows[:, None] * stride_out + column

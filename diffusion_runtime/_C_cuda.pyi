@@ -20,3 +20,21 @@ def sample_tokens(
     workspace: Tensor,
     stream: int,
 ) -> None: ...
+def commit_step(
+    masked: Tensor,
+    score: Tensor | None,
+    rule: int,
+    bound: Tensor | None,
+    bound_value: float,
+    tokens: Tensor | None,
+    candidates: Tensor | None,
+    vocab: int,
+    seed: Tensor | None,
+    seed_value: int,
+    position: Tensor | None,
+    step: Tensor | None,
+    step_value: int,
+    commit_mask: Tensor,
+    after: Tensor,
+    stream: int,
+) -> None: ...

@@ -1,6 +1,8 @@
 // diffusion_runtime._C_cuda: tensors are checked here, kernels take pointers and a stream.
 #include <optional>
 
+#include "commit.cuh"
+#include "grid_setting.h"
 #include "row_setting.h"
 #include "sample_tokens.cuh"
 
@@ -79,6 +81,19 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
   sample_tokens(arguments, reinterpret_cast<CUstream_st*>(stream));
 }
 
+void commit_step_cuda(const TensorView& masked, const std::optional<TensorView>& score, int rule,
+                      const std::optional<TensorView>& bound, double bound_value,
+                      const std::optional<TensorView>& tokens, const std::optional<TensorView>& candidates,
+                      std::int64_t vocab, const std::optional<TensorView>& seed, std::int64_t seed_value,
+                      const std::optional<TensorView>& position, const std::optional<TensorView>& step,
+                      std::int64_t step_value, const TensorView& commit_mask, const TensorView& after,
+                      std::uintptr_t stream) {
+  check(masked.is_cuda(), "commit_step: masked must be on a CUDA device");
+  commit_step(commit_step_of(masked, score, rule, bound, bound_value, tokens, candidates, vocab, seed, seed_value,
+                             position, step, step_value, commit_mask, after),
+              reinterpret_cast<CUstream_st*>(stream));
+}
+
 }  // namespace
 }  // namespace diffusion_runtime
 
@@ -91,4 +106,8 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
         py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("restricted"), py::arg("ids"), py::arg("statistics"), py::arg("workspace"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("commit_step", &diffusion_runtime::commit_step_cuda, py::arg("masked"), py::arg("score"), py::arg("rule"),
+        py::arg("bound"), py::arg("bound_value"), py::arg("tokens"), py::arg("candidates"), py::arg("vocab"),
+        py::arg("seed"), py::arg("seed_value"), py::arg("position"), py::arg("step"), py::arg("step_value"),
+        py::arg("commit_mask"), py::arg("after"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

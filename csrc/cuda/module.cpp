@@ -1,19 +1,12 @@
 // diffusion_runtime._C_cuda: tensors are checked here, kernels take pointers and a stream.
 #include <optional>
 
-#include "row_setting.h"
-#include "sample_tokens.cuh"
+#include "bindings.h"
 
 namespace py = pybind11;
 
 namespace diffusion_runtime {
 namespace {
-
-template <class T>
-PerRow<T> per_row(const char* name, const RowArgument<T>& argument, const TensorView& beside, std::int64_t rows) {
-  const RowSetting<T> setting = row_setting(name, argument, beside, rows);
-  return {setting.values, setting.value};
-}
 
 // The arguments of sample_tokens_cpu (csrc/cpu/sample_tokens.h), all on one GPU, which must be the current one, and
 //   workspace  [at least sample_tokens_workspace(rows, vocab)] uint8, zeroed before its first use
@@ -71,4 +64,5 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
         py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
         py::arg("statistics_temperature"), py::arg("softcap"), py::arg("ids"), py::arg("statistics"),
         py::arg("workspace"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  diffusion_runtime::bind_head(m);
 }

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._head_cuda import load_sample_from_hidden as load_sample_from_hidden_cuda
+from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._sample_reference import sample_reference
-from diffusion_runtime.ops._sample_tokens import CHECKED, TokenSamples, as_samples, check_distributions
+from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
 from diffusion_runtime.ops._settings import Settings, read_settings, to_operator
 
@@ -144,4 +145,9 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Se
     return sample_reference(head(hidden, weight, bias)[None], settings)
 
 
-SPEC = OpSpec(name="sample_from_hidden", reference=_reference, validate=validate_head, implementations=())
+SPEC = OpSpec(
+    name="sample_from_hidden",
+    reference=_reference,
+    validate=validate_head,
+    implementations=(Implementation("cuda", frozenset({"cuda"}), FLOATS, load_sample_from_hidden_cuda),),
+)

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._head_cuda import load_weigh as load_weigh_cuda
+from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
 from diffusion_runtime.ops._sample_from_hidden import run as sample_from_hidden_rows
 from diffusion_runtime.ops._sample_reference import softcapped
+from diffusion_runtime.ops._sample_tokens import FLOATS
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
 from diffusion_runtime.ops._sample_tokens import Run as RunSampler
 from diffusion_runtime.ops._settings import Settings, softcap_setting
@@ -106,7 +108,9 @@ def soft_embedding_from_hidden(
 
 
 MIN_TILE = 1024  # tokens
-MOST_PROBABILITIES = 1 << 20  # that exist at once: with a tile of 1024 tokens at least, small enough for a cache
+# that exist at once: on a CPU few enough for a cache, with a tile of 1024 tokens at least; on a GPU enough for products
+# that fill it, and 32 MB of bfloat16, which its second-level cache can hold until they are multiplied
+MOST_PROBABILITIES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 # logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in any float dtype, rows may be strided: fills it
 # with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, whose logits are not read
@@ -199,7 +203,8 @@ def _logsumexp(found: tuple[Tensor, Tensor], settings: Settings, device: torch.d
 def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: Tensor, softmax: Softmax) -> Tensor:
     assert softmax.logsumexp is not None
     num_rows, (vocab, dim) = len(softmax.logsumexp), embedding.shape
-    size = max(MIN_TILE, MOST_PROBABILITIES // max(1, num_rows) // MIN_TILE * MIN_TILE)
+    most = MOST_PROBABILITIES.get(embedding.device.type, MOST_PROBABILITIES["cpu"])
+    size = max(MIN_TILE, most // max(1, num_rows) // MIN_TILE * MIN_TILE)
     # partial products are in the dtype of the embedding, their sum is not
     total = torch.zeros(num_rows, dim, dtype=torch.float32, device=embedding.device)
     probabilities = torch.empty(num_rows, min(size, vocab), dtype=embedding.dtype, device=embedding.device)
@@ -238,7 +243,23 @@ def _reference_from_hidden(
     return _reference(head(hidden, weight, bias)[None], embedding, softmax)
 
 
-SPEC = OpSpec(name="soft_embedding", reference=_reference, validate=_validate, implementations=())
+def _load_cuda() -> Run:
+    return tiled(load_weigh_cuda(), "cuda")
+
+
+def _load_cuda_from_hidden() -> RunFromHidden:
+    return tiled_from_hidden(load_weigh_cuda(), "cuda")
+
+
+SPEC = OpSpec(
+    name="soft_embedding",
+    reference=_reference,
+    validate=_validate,
+    implementations=(Implementation("cuda", frozenset({"cuda"}), FLOATS, _load_cuda),),
+)
 SPEC_FROM_HIDDEN = OpSpec(
-    name="soft_embedding_from_hidden", reference=_reference_from_hidden, validate=validate_head, implementations=()
+    name="soft_embedding_from_hidden",
+    reference=_reference_from_hidden,
+    validate=validate_head,
+    implementations=(Implementation("cuda", frozenset({"cuda"}), FLOATS, _load_cuda_from_hidden),),
 )

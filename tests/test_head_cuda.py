@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from diffusion_runtime.ops import _head_cuda
 from diffusion_runtime.ops._settings import Settings
 

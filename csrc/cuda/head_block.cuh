@@ -58,8 +58,8 @@ struct Copies {
   int step = 0, row_block = 0, token_block = blockIdx.x, stage = 0;
   int row[kRows / kLines] = {};  // of the hidden states that this thread copies; -1: none
 
-  // The next step's weights and hidden states to the next stage. Behind the vocabulary and the rows nothing is copied:
-  // what a stage holds there reaches the logits of such tokens and rows only. Behind dim there are zeros.
+  // The next step's weights and hidden states to the next stage. What is not there is zeros, and nothing is read:
+  // behind the vocabulary, behind the rows, behind dim.
   __device__ __forceinline__ void copy_next(typename Block::Shared& shared) {
     if (token_block < token_blocks) {
       const int line = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
@@ -70,23 +70,20 @@ struct Copies {
           row[i] = slot < rows.count ? rows[slot] : -1;
         }
       }
-      const int column = step * kDepth + chunk * 8;
+      const int column = step * kDepth + chunk * 8, token = token_block * Block::kTokens + line;
       const bool inside = column < op.dim;
-      const int safe_column = inside ? column : 0;
-      const T* const weight = static_cast<const T*>(op.weight) + safe_column;
-      const T* const hidden = static_cast<const T*>(op.hidden) + safe_column;
+      const T* weight = static_cast<const T*>(op.weight) + token * op.weight_stride + column;
 #pragma unroll
       for (int i = 0; i < Block::kTokens / kLines; ++i) {
-        const int of_block = line + i * kLines, token = token_block * Block::kTokens + of_block;
-        if (token < op.vocab)
-          async_copy_16(shared.weight[stage] + place(of_block, chunk), weight + token * op.weight_stride, inside);
+        async_copy_16(shared.weight[stage] + place(line + i * kLines, chunk), weight,
+                      inside && token + i * kLines < op.vocab);
+        weight += kLines * op.weight_stride;
       }
+      const T* const hidden = static_cast<const T*>(op.hidden) + column;
 #pragma unroll
-      for (int i = 0; i < kRows / kLines; ++i) {
-        if (row[i] >= 0)
-          async_copy_16(shared.hidden[stage] + place(line + i * kLines, chunk), hidden + row[i] * op.hidden_stride,
-                        inside);
-      }
+      for (int i = 0; i < kRows / kLines; ++i)
+        async_copy_16(shared.hidden[stage] + place(line + i * kLines, chunk), hidden + row[i] * op.hidden_stride,
+                      inside && row[i] >= 0);
       advance();
     }
     async_copy_commit();  // an empty group when there is nothing left

@@ -86,18 +86,51 @@ __device__ __forceinline__ int pick_tile(const ThreadTiles& tiles, double unifor
                               [&](int i) { return rescaled(tiles.parts[first + i].part, top, scales).draw_mass; });
 }
 
-// 16 bytes of a row of dim elements, zeros behind its end. The address decides only how they are read.
-template <class T>
-__device__ __forceinline__ Vector16<T> load_chunk(const T* row, int chunk, int dim, bool aligned) {
+// 16 bytes of a row of dim elements, zeros behind its end. kVectors decides only how they are read.
+template <bool kVectors, class T>
+__device__ __forceinline__ Vector16<T> load_chunk(const T* row, int chunk, int dim) {
   constexpr int kSize = Vector16<T>::kSize;
-  if (aligned && (chunk + 1) * kSize <= dim) return as_vector<T>(__ldg(reinterpret_cast<const uint4*>(row) + chunk));
-  Vector16<T> vector;
+  if constexpr (kVectors) {
+    return as_vector<T>(__ldg(reinterpret_cast<const uint4*>(row) + chunk));
+  } else {
+    Vector16<T> vector;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const int k = chunk * kSize + i;
-    vector.element[i] = k < dim ? row[k] : narrowed<T>(0);
+    for (int i = 0; i < kSize; ++i) {
+      const int k = chunk * kSize + i;
+      vector.element[i] = k < dim ? row[k] : narrowed<T>(0);
+    }
+    return vector;
   }
-  return vector;
+}
+
+// The products of the row's hidden state with kTokensAtOnce rows of weights from `first` on, by one warp: lane i gets
+// that of token first + i. Behind the vocabulary they are those of the last token.
+template <bool kVectors, class T>
+__device__ __forceinline__ float products_of_warp(const SampleFromHidden& op, const T* hidden, int first) {
+  constexpr int kSize = Vector16<T>::kSize;
+  const int lane = threadIdx.x % 32, dim = int(op.dim), last = int(op.vocab) - 1;
+  float sums[kTokensAtOnce] = {};
+  for (int chunk = lane; chunk * kSize < dim; chunk += 32) {
+    const Vector16<T> h = load_chunk<kVectors>(hidden, chunk, dim);
+    Vector16<T> w[kTokensAtOnce];
+#pragma unroll
+    for (int i = 0; i < kTokensAtOnce; ++i) {
+      const T* const weight = static_cast<const T*>(op.weight) + min(first + i, last) * op.weight_stride;
+      w[i] = load_chunk<kVectors>(weight, chunk, dim);
+    }
+#pragma unroll
+    for (int i = 0; i < kTokensAtOnce; ++i) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) sums[i] += to_float(h.element[j]) * to_float(w[i].element[j]);
+    }
+  }
+  float mine = 0;
+#pragma unroll
+  for (int i = 0; i < kTokensAtOnce; ++i) {
+    const float sum = sum_over_warp(sums[i]);
+    mine = lane == i ? sum : mine;
+  }
+  return mine;
 }
 
 // y of the tokens of one tile to shared.y, and their weights in a draw to shared.weight. Holds a barrier.
@@ -105,43 +138,24 @@ template <class T>
 __device__ __forceinline__ void compute_tile(const SampleFromHidden& op, const Reading& row, int64_t r, int tile,
                                              float top, FinishShared& shared) {
   constexpr int kSize = Vector16<T>::kSize;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim = int(op.dim), last = int(op.vocab) - 1;
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const T* const hidden = static_cast<const T*>(op.hidden) + r * op.hidden_stride;
-  const T* const weight = static_cast<const T*>(op.weight);
-  const bool aligned = reinterpret_cast<uintptr_t>(hidden) % 16 == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0 &&
-                       op.weight_stride % kSize == 0;
+  const bool vectors = aligned(hidden) && aligned(op.weight) && op.weight_stride % kSize == 0 && op.dim % kSize == 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int first = warp * kTokensAtOnce; first < kTile; first += kFinishWarps * kTokensAtOnce) {
-    float sums[kTokensAtOnce] = {};
-    for (int chunk = lane; chunk * kSize < dim; chunk += 32) {
-      const Vector16<T> h = load_chunk(hidden, chunk, dim, aligned);
-      Vector16<T> w[kTokensAtOnce];
-#pragma unroll
-      for (int i = 0; i < kTokensAtOnce; ++i) {
-        const int token = min(tile * kTile + first + i, last);
-        w[i] = load_chunk(weight + token * op.weight_stride, chunk, dim, aligned);
-      }
-#pragma unroll
-      for (int i = 0; i < kTokensAtOnce; ++i) {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) sums[i] += to_float(h.element[j]) * to_float(w[i].element[j]);
-      }
-    }
-    float mine = 0;
-#pragma unroll
-    for (int i = 0; i < kTokensAtOnce; ++i) {
-      const float sum = sum_over_warp(sums[i]);
-      mine = lane == i ? sum : mine;
-    }
-    const int place = first + lane, token = tile * kTile + place;
+    const int token = tile * kTile + first + lane;
+    const float sum = vectors ? products_of_warp<true>(op, hidden, tile * kTile + first)
+                              : products_of_warp<false>(op, hidden, tile * kTile + first);
     if (lane < kTokensAtOnce) {
       float x = -INFINITY;
-      if (token <= last) {
+      if (token < op.vocab) {
         const int word = op.allowed != nullptr ? op.allowed[r * op.allowed_stride + token / 32] : ~0;
         const float bias = op.bias != nullptr ? to_float(static_cast<const T*>(op.bias)[token]) : 0;
-        if (static_cast<unsigned>(word) >> token % 32 & 1) x = mine + bias;
+        if (static_cast<unsigned>(word) >> token % 32 & 1) x = sum + bias;
       }
-      shared.y[place] = row.softcapped(x);
-      shared.weight[place] = fast_exp2(exponent(shared.y[place], top, row.scales.draw));
+      const float y = row.softcapped(x);
+      shared.y[first + lane] = y;
+      shared.weight[first + lane] = fast_exp2(exponent(y, top, row.scales.draw));
     }
   }
   __syncthreads();

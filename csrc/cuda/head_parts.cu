@@ -38,24 +38,32 @@ __global__ void __launch_bounds__(kChoosingThreads) choose_rows_kernel(const boo
 template <class T>
 __device__ __forceinline__ void parts_of_slice(const SampleFromHidden& op, const Rows& rows, int first_row, int tile,
                                                const float* logits) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_tiles = tiles_of(op.vocab);
-  float bias[kLaneTokens];
+  const int group = threadIdx.x / kPartLanes, num_tiles = tiles_of(op.vocab);
+  float bias[kFours * kFour];
 #pragma unroll
-  for (int i = 0; i < kLaneTokens; ++i) {
-    const int token = tile * kTile + lane * kLaneTokens + i;
+  for (int i = 0; i < kFours * kFour; ++i) {
+    const int token = tile * kTile + i / kFour * kFourStride + first_of_lane() + i % kFour;
     bias[i] = op.bias != nullptr && token < op.vocab ? to_float(static_cast<const T*>(op.bias)[token]) : 0;
   }
   const int count = min(kSliceRows, rows.count - first_row);
-  for (int i = warp; i < count; i += kHeadWarps) {
-    const int r = rows[first_row + i];
+  for (int first = 0; first < count; first += kHeadThreads / kPartLanes) {
+    const int of_slice = min(first + group, count - 1);  // lanes without a row of their own repeat the last
+    const int r = rows[first_row + of_slice];
     const unsigned counting = counting_tokens(op, r, tile);
-    const float4 four = *reinterpret_cast<const float4*>(logits + i * kLogitStride + lane * kLaneTokens);
-    const float sums[kLaneTokens] = {four.x, four.y, four.z, four.w};
-    float x[kLaneTokens];
+    const float* const mine = logits + of_slice * kLogitStride + first_of_lane();
+    float x[kFours * kFour];
 #pragma unroll
-    for (int j = 0; j < kLaneTokens; ++j) x[j] = counting >> j & 1 ? sums[j] + bias[j] : -INFINITY;
+    for (int f = 0; f < kFours; ++f) {
+      const float4 four = *reinterpret_cast<const float4*>(mine + f * kFourStride);
+      const float sums[kFour] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) {
+        const int place = f * kFour + i;
+        x[place] = counting >> place & 1 ? sums[i] + bias[place] : -INFINITY;
+      }
+    }
     const TilePart part = part_of_tile(reading_of(op, r), x, tile);
-    if (lane == 0) parts_of(op)[int64_t{r} * num_tiles + tile] = part;
+    if (threadIdx.x % kPartLanes == 0 && first + group < count) parts_of(op)[int64_t{r} * num_tiles + tile] = part;
   }
 }
 

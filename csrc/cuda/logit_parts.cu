@@ -1,28 +1,25 @@
-// The parts of tiles whose logits have been computed: a warp for each row and group of tiles.
+// The parts of tiles whose logits have been computed: a warp for four tiles of a row.
 #include "tile_part.cuh"
 
 namespace diffusion_runtime {
 namespace {
 
 constexpr int kLogitThreads = 256;
-constexpr int kTilesOfWarp = 2;  // asked for before the first is used
-constexpr int kTilesOfBlock = kLogitThreads / 32 * kTilesOfWarp;
+constexpr int kTilesOfBlock = kLogitThreads / kPartLanes;
 
 template <class T>
-struct alignas(kLaneTokens * sizeof(T)) LaneLogits {
-  T element[kLaneTokens];
+struct alignas(kFour * sizeof(T)) Four {
+  T element[kFour];
 };
 
-// The lane's tokens of a tile whose first logit is at `logits`, of which `count` are there; the others are anything.
+// Four logits, of which `count` are there; the others are anything.
 template <class T>
-__device__ __forceinline__ LaneLogits<T> load_lane(const T* logits, int64_t count) {
-  const int first = threadIdx.x % 32 * kLaneTokens;
-  const T* const mine = logits + first;
-  LaneLogits<T> loaded;
-  if (reinterpret_cast<uintptr_t>(mine) % sizeof(loaded) == 0 && first + kLaneTokens <= count)
-    return *reinterpret_cast<const LaneLogits<T>*>(mine);
+__device__ __forceinline__ Four<T> load_four(const T* logits, int64_t count) {
+  Four<T> loaded;
+  if (reinterpret_cast<uintptr_t>(logits) % sizeof(loaded) == 0 && count >= kFour)
+    return *reinterpret_cast<const Four<T>*>(logits);
 #pragma unroll
-  for (int i = 0; i < kLaneTokens; ++i) loaded.element[i] = first + i < count ? mine[i] : minus_infinity<T>();
+  for (int i = 0; i < kFour; ++i) loaded.element[i] = i < count ? logits[i] : minus_infinity<T>();
   return loaded;
 }
 
@@ -32,25 +29,23 @@ __global__ void __launch_bounds__(kLogitThreads)
     logit_parts_kernel(const __grid_constant__ SampleFromHidden op, const __grid_constant__ LogitsOfTiles tiles) {
   const int64_t r = blockIdx.x;
   if (op.masked != nullptr && !op.masked[r]) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t first = (int64_t{blockIdx.y} * kTilesOfBlock + warp * kTilesOfWarp) * kTile;  // of the tokens here
+  const int64_t tile_here = int64_t{blockIdx.y} * kTilesOfBlock + threadIdx.x / kPartLanes;
+  const int64_t first = tile_here * kTile + first_of_lane();  // of the lane's tokens, among those here
   const T* const logits = static_cast<const T*>(tiles.logits) + r * tiles.stride + first;
-  LaneLogits<T> loaded[kTilesOfWarp];
+  Four<T> loaded[kFours];
 #pragma unroll
-  for (int i = 0; i < kTilesOfWarp; ++i) loaded[i] = load_lane(logits + i * kTile, tiles.count - first - i * kTile);
+  for (int f = 0; f < kFours; ++f)
+    loaded[f] = load_four(logits + f * kFourStride, tiles.count - first - f * kFourStride);
 
-  const Reading row = reading_of(op, r);
+  const int64_t tile = tiles.first / kTile + tile_here;
+  const bool is_there = tile_here * kTile < tiles.count;
+  const unsigned counting = is_there ? counting_tokens(op, r, int(tile)) : 0;
+  float x[kFours * kFour];
 #pragma unroll
-  for (int i = 0; i < kTilesOfWarp; ++i) {
-    if (first + i * kTile >= tiles.count) break;
-    const int tile = int((tiles.first + first) / kTile) + i;
-    const unsigned counting = counting_tokens(op, r, tile);
-    float x[kLaneTokens];
-#pragma unroll
-    for (int j = 0; j < kLaneTokens; ++j) x[j] = counting >> j & 1 ? to_float(loaded[i].element[j]) : -INFINITY;
-    const TilePart part = part_of_tile(row, x, tile);
-    if (lane == 0) parts_of(op)[r * tiles_of(op.vocab) + tile] = part;
-  }
+  for (int i = 0; i < kFours * kFour; ++i)
+    x[i] = counting >> i & 1 ? to_float(loaded[i / kFour].element[i % kFour]) : -INFINITY;
+  const TilePart part = part_of_tile(reading_of(op, r), x, int(tile));
+  if (is_there && threadIdx.x % kPartLanes == 0) parts_of(op)[r * tiles_of(op.vocab) + tile] = part;
 }
 
 }  // namespace

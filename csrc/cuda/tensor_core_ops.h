@@ -10,7 +10,8 @@ namespace diffusion_runtime {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes from global to shared memory, or 16 zero bytes; they arrive by the wait for their group.
+// 16 bytes from global to shared memory, or 16 zero bytes where `from` is not valid, which is then not read; they
+// arrive by the wait for their group.
 __device__ __forceinline__ void async_copy_16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
@@ -68,11 +69,12 @@ struct __attribute__((may_alias)) Bytes16 {
 
 // The copy is made as late as allowed, at the wait; until then the destination holds NaN.
 inline void async_copy_16(void* to, const void* from, bool valid, CALLER) {
-  cuda_on_cpu::check_aligned(to, 16, here), cuda_on_cpu::check_aligned(from, 16, here), shared_address(to, here);
+  cuda_on_cpu::check_aligned(to, 16, here), shared_address(to, here);
+  if (valid) cuda_on_cpu::check_aligned(from, 16, here);
   *static_cast<Bytes16*>(to) = {~uint64_t{0}, ~uint64_t{0}};
   cuda_on_cpu::Quiet quiet;
   cuda_on_cpu::current->copies.push_back({to, valid ? from : nullptr});
-  cuda_on_cpu::counters.async_copies++;
+  cuda_on_cpu::counters.async_copies += valid;
 }
 inline void async_copy_commit() {
   cuda_on_cpu::Quiet quiet;

@@ -91,7 +91,7 @@ inline void check_work(const ops::SampleFromHidden& call, int count, const char*
   const int block_rows = call.rows <= 64 ? 64 : 128, block_tokens = call.rows <= 64 ? 256 : 128;
   const uint64_t token_blocks = (call.vocab + block_tokens - 1) / block_tokens, steps = (call.dim + 63) / 64;
   const uint64_t row_blocks = (count + block_rows - 1) / block_rows, pairs = (count + 15) / 16;
-  const uint64_t copies = steps * 8 * (call.vocab * row_blocks + token_blocks * count);
+  const uint64_t copies = (call.dim + 7) / 8 * (call.vocab * row_blocks + token_blocks * count);
   const uint64_t products = token_blocks * (block_tokens / 16) * steps * 4 * pairs * 2;
   const auto& counted = cuda_on_cpu::counters;
   expect(counted.matrix_load_conflicts == 0, what, [&] { return std::to_string(counted.matrix_load_conflicts); });

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cpp, _head_triton
+from diffusion_runtime.ops import _head_cpp, _head_cuda, _head_triton
 from diffusion_runtime.ops._head_product import head_product
 from diffusion_runtime.ops._instruction_set import instruction_set
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
@@ -161,6 +161,7 @@ SPEC = OpSpec(
     reference=_reference,
     validate=validate_head,
     implementations=(
+        Implementation("cuda", frozenset({"cuda"}), FLOATS, _head_cuda.load_sample_from_hidden),
         Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),
         Implementation("triton", triton_devices(), FLOATS, _head_triton.load_sample_from_hidden),
     ),

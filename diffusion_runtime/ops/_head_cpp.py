@@ -1,4 +1,4 @@
-"""``sample_from_hidden`` in C++: torch makes a tile of logits that stays in the cache, C++ keeps what is needed of it."""
+"""``sample_from_hidden`` in C++: torch makes a tile of logits that fits a cache, C++ keeps what is needed of it."""
 
 from __future__ import annotations
 
@@ -53,9 +53,6 @@ def _of_group(
             logits, tile.start, vocab, *temperatures, settings.softcap, settings.allowed, workspace, instruction_set
         )
     ids, statistics = torch.empty(2, rows, dtype=torch.int64), torch.empty(5, rows, dtype=torch.float32)
-    position = torch.arange(rows) if settings.position is None else settings.position
-    _C.sample_head(
-        hidden, weight, bias, settings.temperature, settings.seed, position, settings.step,
-        settings.statistics_temperature, settings.softcap, settings.allowed, workspace, ids, statistics, instruction_set,
-    )  # type: ignore[arg-type]  # fmt: skip
+    of_rows = settings[1:8]  # from temperature to allowed
+    _C.sample_head(hidden, weight, bias, *of_rows, workspace, ids, statistics, instruction_set)  # type: ignore[arg-type]
     return ids, statistics

@@ -30,8 +30,8 @@ def head_product(weight: Tensor) -> Product:
 
 
 def _by_onednn(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In float32 torch takes MKL, which leaves AVX-512 alone on AMD's processors: [256, 1024] x [1024, 262144] took 0.69 s
-    by MKL and 0.30 s by oneDNN on two cores of an EPYC of the fifth generation."""
+    """In float32 torch takes MKL, which leaves AVX-512 alone on AMD's processors: [256, 1024] x [1024, 262144] took
+    0.69 s by MKL and 0.30 s by oneDNN on two cores of an EPYC of the fifth generation."""
     # one row alone would go to a routine that rounds in another way
     rows = hidden if len(hidden) != 1 else hidden.expand(2, -1)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")

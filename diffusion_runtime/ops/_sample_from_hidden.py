@@ -53,8 +53,8 @@ def sample_from_hidden(
     logits are read more than once: then at most four million logits (16 MB) exist at a time, a group of rows after the
     other.
 
-    Logits are rounded to the dtype of the weight, as those of a ``hidden @ weight.T`` of the caller's would be; sums over
-    them are in float32. A row depends on its batch no further than torch's products do: in how they round.
+    Logits are rounded to the dtype of the weight, as those of the caller's own ``hidden @ weight.T`` would be; sums
+    over them are in float32. A row depends on its batch no further than torch's products do: in how they round.
 
     Args:
         hidden: ``[..., dim]`` float32, float16, bfloat16 or float64: the last hidden states, after the final norm.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,14 @@ def soft_embedding(
     _validate(logits, embedding)
     leading = logits.shape[:-1]
     softmax = _read_softmax(leading, logits.device, temperature, softcap, masked, logsumexp)
-    run: Run = SPEC.resolve(logits.device.type, logits.dtype, backend)
-    return run(as_rows(logits), embedding.detach(), softmax).view(*leading, embedding.shape[1])
+    rows, embedding = as_rows(logits), embedding.detach()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.diffusion_runtime.soft_embedding
+        result: Tensor = operator(rows, embedding, *to_operator(softmax), backend or "auto")
+    else:
+        run: Run = SPEC.resolve(logits.device.type, logits.dtype, backend)
+        result = run(rows, embedding, softmax)
+    return result.view(*leading, embedding.shape[1])
 
 
 def soft_embedding_from_hidden(
@@ -102,17 +108,23 @@ def soft_embedding_from_hidden(
             f"got {tuple(embedding.shape)} on {embedding.device}"
         )
     softmax = _read_softmax(leading, hidden.device, temperature, softcap, masked, logsumexp)
-    run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
     rows = hidden.detach().reshape(leading.numel(), hidden.shape[-1])
-    bias = None if bias is None else bias.detach()
-    return run(rows, weight.detach(), bias, embedding.detach(), softmax).view(*leading, embedding.shape[1])
+    weight, embedding = weight.detach(), embedding.detach()
+    bias = None if bias is None else bias.detach().contiguous()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.diffusion_runtime.soft_embedding_from_hidden
+        result: Tensor = operator(rows, weight, bias, embedding, *to_operator(softmax), backend or "auto")
+    else:
+        run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
+        result = run(rows, weight, bias, embedding, softmax)
+    return result.view(*leading, embedding.shape[1])
 
 
 MIN_TILE = 1024  # tokens
 MOST_PROBABILITIES = 1 << 20  # that exist at once: with a tile of 1024 tokens at least, small enough for a cache
 
-# logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in any float dtype, rows may be strided: fills it
-# with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, whose logits are not read
+# logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in float32, float16 or bfloat16, rows may be
+# strided: fills it with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, which are not read
 Weigh = Callable[[Tensor, Softmax, Tensor], None]
 # logits [outer, inner, vocab], embedding [vocab, dim], softmax -> [rows, dim]
 Run = Callable[[Tensor, Tensor, Softmax], Tensor]
@@ -141,6 +153,17 @@ def _read_softmax(
         mask_setting("masked", masked, leading, device),
         logsumexp,
     )
+
+
+def to_operator(softmax: Softmax) -> list[Any]:
+    """A softmax as an operator of ``_library.py`` takes it: the temperature is a tensor or None, then a number."""
+    temperature, *others = softmax
+    return [temperature, 1.0, *others] if isinstance(temperature, Tensor) else [None, temperature, *others]
+
+
+def from_operator(tensor: Tensor | None, number: float, *others: Any) -> Softmax:
+    """The inverse of :func:`to_operator`."""
+    return Softmax(number if tensor is None else tensor, *others)
 
 
 def _validate(logits: Tensor, embedding: Tensor) -> None:
@@ -205,15 +228,17 @@ def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: T
     assert softmax.logsumexp is not None
     num_rows, (vocab, dim) = len(softmax.logsumexp), embedding.shape
     size = max(MIN_TILE, MOST_PROBABILITIES // max(1, num_rows) // MIN_TILE * MIN_TILE)
-    # partial products are in the dtype of the embedding, their sum is not
-    total = torch.zeros(num_rows, dim, dtype=torch.float32, device=embedding.device)
-    probabilities = torch.empty(num_rows, min(size, vocab), dtype=embedding.dtype, device=embedding.device)
+    # partial products are in the dtype of the embedding, their sum in float32 at least
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    total = torch.zeros(num_rows, dim, dtype=dtype, device=embedding.device)
+    narrow = torch.float32 if embedding.dtype == torch.float64 else embedding.dtype
+    probabilities = torch.empty(num_rows, min(size, vocab), dtype=narrow, device=embedding.device)
     for first in range(0, vocab, size) if num_rows else ():
         tile = slice(first, min(first + size, vocab))
         part = probabilities[:, : tile.stop - first]
         weigh(logits_of(tile), softmax, part)
-        if embedding.dtype == torch.float32:
-            total.addmm_(part, embedding[tile])
+        if embedding.dtype == dtype:
+            total.addmm_(part.to(dtype), embedding[tile])
         else:
             total += part @ embedding[tile]
     return total.to(embedding.dtype)

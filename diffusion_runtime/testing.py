@@ -47,6 +47,8 @@ def poisoned_memory() -> Iterator[None]:
         out = empty(*args, **kwargs)
         if out.device.type == "meta":
             return out
+        if out.dtype == torch.bool:
+            return out.fill_(True)
         return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
     with patch("torch.empty", poisoned):

@@ -12,7 +12,7 @@ from test_sample_from_hidden import DTYPES, head
 
 from diffusion_runtime import ops
 from diffusion_runtime.ops import _head_cpp
-from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.testing import assert_as_accurate
 
 

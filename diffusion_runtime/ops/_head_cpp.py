@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._settings import Settings
 
 CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h

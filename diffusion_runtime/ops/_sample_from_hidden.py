@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.ops import _head_cpp
-from diffusion_runtime.ops._head_product import head_product
 from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._sample_reference import sample_reference
 from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions

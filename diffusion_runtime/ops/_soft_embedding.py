@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._head_product import head_product
 from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._products import add_product, head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
@@ -237,10 +237,7 @@ def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: T
         tile = slice(first, min(first + size, vocab))
         part = probabilities[:, : tile.stop - first]
         weigh(logits_of(tile), softmax, part)
-        if embedding.dtype == dtype:
-            total.addmm_(part.to(dtype), embedding[tile])
-        else:
-            total += part @ embedding[tile]
+        add_product(total, part.to(embedding.dtype), embedding[tile])
     return total.to(embedding.dtype)
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from bench import growth
 from bench.check import WrongAnswerError
+from bench.comparison import compare
+from bench.comparison import markdown as comparisons_markdown
+from bench.machine import describe
 from bench.peers import PEERS
 from bench.record import MODES, load
 from bench.report import markdown
 from bench.runners import OP
 from bench.session import Plan, Session
+from bench.suites import SUITES
 from diffusion_runtime import ops
 
 T = TypeVar("T")
@@ -38,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.show:
         print(markdown(load(args.show)))
         return 0
+    if args.suite:
+        return _suite(args)
     plan = _plan(args)
     start = time.perf_counter()
 
@@ -53,6 +61,30 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json:
         record.save(args.json)
     say("done")
+    return 0
+
+
+def _suite(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    if device.type == "cpu" and args.threads:
+        torch.set_num_threads(args.threads[0])
+    facts = describe(device) | {"threads": str(torch.get_num_threads())}
+    print("; ".join(f"{name} {fact}" for name, fact in facts.items()))
+    kept: dict[str, object] = {"machine": facts}
+    try:
+        for name in SUITES if args.suite == "all" else [args.suite]:
+            results = list(compare(SUITES[name](device), device, args.rounds))
+            kept[name] = [asdict(result) for result in results]
+            print("", comparisons_markdown(results), sep="\n", flush=True)
+    except WrongAnswerError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    if args.suite == "all":
+        points = list(growth.measure(device, args.rounds))
+        kept["growth"] = [asdict(point) for point in points]
+        print("", growth.markdown(points), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
 
@@ -84,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peers", type=_list(_one_of(*PEERS)), help=",".join(PEERS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record, raw samples included")
     parser.add_argument("--quick", action="store_true", help="one shape, in less than half a minute")
+    parser.add_argument("--suite", choices=(*SUITES, "all"), help="other ops beside their peers, and how ours grows")
+    parser.add_argument("--rounds", type=_count, default=5, help="of a suite")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a record, and time nothing")
     return parser
 

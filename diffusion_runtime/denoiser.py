@@ -30,8 +30,8 @@ class Denoiser:
 
     Args:
         model: a module, or any callable, from ``[batch, length]`` int64 tokens to ``[batch, length, vocab]`` logits, or
-            to an object that has them as ``.logits``. Its logits are the loop's to change. It runs as it is: put it
-            into evaluation mode if it has one that matters.
+            to an object that has them as ``.logits``. It runs as it is: put it into evaluation mode if it has one that
+            matters.
         policy: what a step commits: a name of :data:`diffusion_runtime.decoding.POLICIES`, a
             :class:`~diffusion_runtime.decoding.Policy`, or a rule of your own (which is then scheduled).
         num_steps: forwards in all, split evenly over the blocks, of whose number it must be a multiple; a block without
@@ -138,16 +138,17 @@ class Denoiser:
             raise ValueError(
                 f"the model must give logits [{tokens.shape[0]}, {tokens.shape[1]}, vocab], got {tuple(logits.shape)}"
             )
-        logits = logits[:, block]
-        if self.mask_token_id < logits.shape[-1]:
-            logits[..., self.mask_token_id] = -torch.inf  # a committed mask token would stay undecided for ever
+        # a committed mask token would stay undecided for ever
+        suppress = [self.mask_token_id] if self.mask_token_id < logits.shape[-1] else None
         return ops.sample_tokens(
-            logits,
+            logits[:, block],
             temperature=self.temperature,
             seed=canvas.seed,
             position=canvas.position,
             step=canvas.step,
             masked=canvas.masked,
+            suppress=suppress,
+            statistics="restricted",
             backend=self.backend,
         )
 

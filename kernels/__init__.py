@@ -1,4 +1,4 @@
-"""Triton kernels, one file per op. Installed as ``diffusion_runtime.kernels``, and imported by that name only.
+"""Triton kernels, a file for an op or a stage of one. Installed as ``diffusion_runtime.kernels``, and imported so only.
 
 Nothing here imports the rest of ``diffusion_runtime``: a kernel file needs torch, triton and its neighbours, no more.
 This file imports nothing and does nothing. transformers probes any module named ``kernels`` that it finds on the path,

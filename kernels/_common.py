@@ -31,12 +31,25 @@ def rows_of_block(block, masked_ptr, num_rows, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_logits(row_ptr, first, vocab, live, WIDTH: tl.constexpr):
-    """Logits [rows, WIDTH] float32 from column ``first`` [rows] int64 on; -inf past the end."""
+def load_logits(row_ptr, first, vocab, live, WIDTH: tl.constexpr, allowed_ptr=None, cutoff=None):
+    """Logits [rows, WIDTH] float32 from column ``first`` [rows] int64 on; -inf past the end.
+
+    Also -inf: tokens that are not among ``allowed_ptr`` [rows], pointers at packed words of which ``first`` begins
+    one; and logits below ``cutoff`` [rows], NaN stays.
+    """
     lane = tl.arange(0, WIDTH)[None, :]
     # vocab - first cannot overflow an int32, first + lane could
-    inside = live[:, None] & (lane < (vocab - first)[:, None])
-    return tl.load((row_ptr + first)[:, None] + lane, mask=inside, other=-INF).to(tl.float32)
+    left = (vocab - first)[:, None]
+    inside = live[:, None] & (lane < left)
+    x = tl.load((row_ptr + first)[:, None] + lane, mask=inside, other=-INF).to(tl.float32)
+    if allowed_ptr is not None:
+        word = tl.arange(0, WIDTH // 32)[None, :]
+        words = tl.load((allowed_ptr + first // 32)[:, None] + word, mask=live[:, None] & (word * 32 < left), other=0)
+        bits = tl.broadcast_to(words[:, :, None], [first.shape[0], WIDTH // 32, 32]) >> tl.arange(0, 32)[None, None, :]
+        x = tl.where(tl.reshape(bits & 1, x.shape) != 0, x, -INF)
+    if cutoff is not None:
+        x = tl.where(x < cutoff[:, None], -INF, x)
+    return x
 
 
 @triton.jit

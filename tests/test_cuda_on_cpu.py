@@ -16,7 +16,9 @@ def _run(*command: str) -> None:
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the emulated CUDA tests need {' and '.join(MISSING)}, not found")
-@pytest.mark.parametrize("name", ["emulation", "sample_tokens", "sample_tokens_full"])
+@pytest.mark.parametrize(
+    "name", ["emulation", "sample_tokens", "sample_tokens_full", "restricted_draw", "restricted_draw_full"]
+)
 def test_cuda_on_cpu(name: str):
     _run("make", "--no-print-directory", "CXX=g++", f"build/plain/{name}")
     _run(f"build/plain/{name}")

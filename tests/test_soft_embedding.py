@@ -182,7 +182,7 @@ class TestWeigh:
         exact, rounded = torch.empty(1, 40_001), torch.empty(1, 40_001, dtype=dtype)
         with instruction_set(backend.removeprefix("cpp-")):
             for out in (exact, rounded):
-                _soft_embedding.weigh_cpp(logits, Softmax(1.0, 0.0, None, lse), out, backend.removeprefix("cpp-"))
+                _head_cpp.weigh_cpp(logits, Softmax(1.0, 0.0, None, lse), out, backend.removeprefix("cpp-"))
         assert torch.equal(rounded, exact.to(dtype))
         torch.testing.assert_close(exact, logits[0].exp(), rtol=2e-6, atol=0)
 
@@ -192,7 +192,7 @@ class TestWeigh:
             out = torch.empty(1, 7, dtype=dtype)
             softmax = Softmax(1.0, 0.0, None, torch.zeros(1))
             with instruction_set(backend.removeprefix("cpp-")):
-                _soft_embedding.weigh_cpp(logits, softmax, out, backend.removeprefix("cpp-"))
+                _head_cpp.weigh_cpp(logits, softmax, out, backend.removeprefix("cpp-"))
             assert out[0, 2].isnan()
             keep = [0, 1, 3, 4, 5, 6]
             torch.testing.assert_close(out[0, keep], logits[0, 0, keep].exp().to(dtype))
@@ -204,7 +204,7 @@ class TestWeigh:
         lse = logits.logsumexp(-1).flatten()
         with instruction_set(backend.removeprefix("cpp-")):
             softmax = Softmax(torch.ones(8), 0.0, masked, lse)
-            _soft_embedding.weigh_cpp(logits, softmax, whole[:, 5:45], backend.removeprefix("cpp-"))
+            _head_cpp.weigh_cpp(logits, softmax, whole[:, 5:45], backend.removeprefix("cpp-"))
         expected = logits.reshape(8, 40).softmax(-1).masked_fill(~masked[:, None], 0).bfloat16()
         torch.testing.assert_close(whole[:, 5:45], expected)
         assert (whole[:, :5] == 7).all()

@@ -11,7 +11,7 @@ from backends import device_of
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from diffusion_runtime.kernels import _common, philox  # noqa: E402
+from diffusion_runtime.kernels import _common, philox, row_parts  # noqa: E402
 from diffusion_runtime.kernels import sample_tokens as kernel  # noqa: E402
 
 from diffusion_runtime import ops  # noqa: E402
@@ -76,8 +76,8 @@ def test_the_pick_never_has_zero_mass(mass, targets, expected, left):
 
 def test_a_row_of_more_parts_than_one_block():
     vocab = 65 * 4096 + 5
-    config = kernel._launch_config(vocab)
-    assert config.num_parts > config.finish["BLOCK_PARTS"] > 1
+    config = row_parts.launch_config(vocab)
+    assert config.num_parts > config.rows["BLOCK_PARTS"] > 1
     logits = torch.randn(1, vocab) * 3
     logits[0, [4095, vocab - 1]] = 40.0  # the largest in the first and in the last block of parts
     for temperature, settings in ((0.0, {}), (30.0, {}), (1.0, {"statistics_temperature": 3.0, "softcap": 20.0})):
@@ -92,11 +92,11 @@ def test_a_row_of_more_parts_than_one_block():
 
 def test_the_cut_depends_on_the_vocabulary_alone():
     for vocab in (1, 127, 129, 1000, 4096, 4097, 126_464, 2**31 - 1):
-        config = kernel._launch_config(vocab)
+        config = row_parts.launch_config(vocab)
         chunk = config.parts["CHUNK"]
         assert chunk % 128 == 0
         assert (config.num_parts - 1) * chunk < vocab <= config.num_parts * chunk
-        assert config.finish.items() >= config.parts.items()
+        assert config.rows.items() >= config.parts.items()
 
 
 def test_the_size_of_a_block_of_rows_changes_nothing(monkeypatch):
@@ -107,7 +107,7 @@ def test_the_size_of_a_block_of_rows_changes_nothing(monkeypatch):
     call = {"temperature": 0.8, "seed": 5, "masked": masked, "backend": "triton"}
     results = []
     for interpreted in (True, False):
-        monkeypatch.setattr(kernel, "_INTERPRETED", interpreted)
+        monkeypatch.setattr(row_parts, "_INTERPRETED", interpreted)
         results.append(ops.sample_tokens(logits, **call))
     if DEVICE.type == "cpu":  # a compiler chooses the order of a sum by the size of the block
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -116,7 +116,7 @@ def test_the_size_of_a_block_of_rows_changes_nothing(monkeypatch):
 
 @pytest.mark.parametrize("value", [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, -1, -(2**63), -(2**31) - 1])
 def test_words_fit_32_bits_with_a_sign(value):
-    low, high = kernel._signed_word(value), kernel._signed_word(value >> 32)
+    low, high = kernel.signed_word(value), kernel.signed_word(value >> 32)
     assert -(2**31) <= low < 2**31
     assert -(2**31) <= high < 2**31
     assert (high << 32) + (low & 0xFFFFFFFF) == value

@@ -1,12 +1,11 @@
 #include "head.h"
 
+#include "allowed_words.h"
 #include "head_row.h"
 #include "instruction_set.h"
 
 namespace diffusion_runtime {
 namespace {
-
-std::int64_t parts_of(std::int64_t tokens, std::int64_t size) { return (tokens + size - 1) / size; }
 
 bool draws(const RowArgument<float>& temperature) {
   if (const float* value = std::get_if<float>(&temperature)) return *value > 0;
@@ -34,22 +33,6 @@ struct Workspace {
   }
 };
 
-struct Allowed {
-  const std::int32_t* words = nullptr;
-  std::int64_t stride = 0;
-
-  Allowed(const std::optional<TensorView>& allowed, std::int64_t rows, std::int64_t vocab) {
-    if (!allowed) return;
-    check(allowed->is_cpu() && allowed->ndim() == 2 && allowed->size(0) == rows &&
-              allowed->size(1) == parts_of(vocab, 32) && (allowed->size(1) == 1 || allowed->stride(1) == 1),
-          "allowed must be [", rows, ", ", parts_of(vocab, 32), "] on the CPU with stride 1 along the words, got ",
-          allowed->shape());
-    words = allowed->data<const std::int32_t>();
-    stride = allowed->stride(0);
-  }
-  const std::int32_t* operator[](std::int64_t row) const { return words == nullptr ? nullptr : words + row * stride; }
-};
-
 float draw_scale(float temperature) { return temperature > 0 ? scale_of_temperature(temperature) : 0; }
 
 }  // namespace
@@ -74,7 +57,7 @@ void read_head_tile(const TensorView& logits, std::int64_t first, std::int64_t v
   const std::int64_t bytes = type == LogitType::Float32 ? 4 : 2;
   const auto temperatures = row_setting("temperature", temperature, logits, rows);
   const auto statistics_temperatures = row_setting("statistics_temperature", statistics_temperature, logits, rows);
-  const Allowed words(allowed, rows, vocab);
+  const AllowedWords words = words_of(allowed, rows, vocab);
   const Workspace kept(workspace, rows, vocab, temperature);
   const char* const source = static_cast<const char*>(logits.raw_data());
   const std::int64_t num_chunks = parts_of(n, kChunk);
@@ -85,7 +68,7 @@ void read_head_tile(const TensorView& logits, std::int64_t first, std::int64_t v
       const std::int64_t at = c * kChunk, token = first + at;
       const RowScales scales{scale_of_temperature(statistics_temperatures[r]), draw_scale(temperatures[r]), softcap};
       read_head_chunk({source + (r * n + at) * bytes, type, static_cast<int>(n - at < kChunk ? n - at : kChunk), token,
-                       words[r], scales, kept.parts + r * kept.num_chunks + token / kChunk,
+                       words(r), scales, kept.parts + r * kept.num_chunks + token / kChunk,
                        scales.draw > 0 ? kept.tile_masses + r * kept.num_tiles + token / kTile : nullptr});
     }
   }
@@ -113,7 +96,7 @@ void sample_head(const TensorView& hidden, const TensorView& weight, const std::
   if (position) check_rows("position", *position, hidden, rows);
   check_rows("ids", ids, hidden, 2 * rows);
   check_rows("statistics", statistics, hidden, 5 * rows);
-  const Allowed words(allowed, rows, vocab);
+  const AllowedWords words = words_of(allowed, rows, vocab);
   const Workspace kept(workspace, rows, vocab, temperature);
   const LogitType type = logit_type(hidden.dtype());
   const std::int64_t row_bytes = dim * (type == LogitType::Float32 ? 4 : 2);
@@ -134,7 +117,7 @@ void sample_head(const TensorView& hidden, const TensorView& weight, const std::
                 weight.raw_data(),
                 {weight.stride(0), weight.stride(1)},
                 bias ? bias->raw_data() : nullptr,
-                words[r]};
+                words(r)};
     if (row.scales.draw > 0)
       row.uniforms = philox_uniforms(static_cast<std::uint64_t>(seeds[r]), static_cast<std::uint32_t>(positions[r]),
                                      static_cast<std::uint32_t>(steps[r]), kDrawToken);

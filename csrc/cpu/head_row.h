@@ -14,9 +14,9 @@ struct HeadPart {
 struct HeadChunk {
   const void* logits;  // [count]
   LogitType type;
-  int count;               // at most kChunk
-  int64_t first;           // token of logits[0], a multiple of kChunk
-  const int32_t* allowed;  // the words of the row, or null: every token
+  int count;                // at most kChunk
+  int64_t first;            // token of logits[0], a multiple of kChunk
+  const uint32_t* allowed;  // the words of the row, or null: every token
   RowScales scales;
   HeadPart* part;
   float* tile_masses;  // for each tile of the chunk, at the scale of the draw; null if the row draws nothing
@@ -34,7 +34,7 @@ struct HeadRow {
   const void* weight;  // [vocab, dim] with these strides, in elements
   int64_t weight_strides[2];
   const void* bias;  // [vocab] or null
-  const int32_t* allowed;
+  const uint32_t* allowed;
 };
 
 namespace avx512 {

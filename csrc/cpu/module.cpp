@@ -11,8 +11,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("instruction_sets", &diffusion_runtime::instruction_sets, "Those that can run here, the fastest first.");
   m.def("sample_tokens", &diffusion_runtime::sample_tokens_cpu, py::arg("logits"), py::arg("masked"),
         py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
-        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("ids"), py::arg("statistics"),
-        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("restricted"), py::arg("ids"), py::arg("statistics"), py::arg("instruction_set"),
+        py::call_guard<py::gil_scoped_release>());
   m.def("head_workspace", &diffusion_runtime::head_workspace, py::arg("rows"), py::arg("vocab"),
         py::arg("temperature"));
   m.def("read_head_tile", &diffusion_runtime::read_head_tile, py::arg("logits"), py::arg("first"), py::arg("vocab"),

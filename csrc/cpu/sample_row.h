@@ -17,13 +17,24 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Which tokens of a row may be drawn.
+struct Restriction {
+  const uint32_t* allowed;  // [ceil(vocab / 32)]: token t may be if bit t % 32 of word t / 32 is set; null: all may be
+  int64_t top_k;            // the next three count if scales.draw > 0; 0: none
+  float top_p, min_p;       // 1, 0: none
+  bool restricted;          // the statistics are those of the tokens that may be drawn
+  bool cuts() const { return top_k > 0 || top_p < 1 || min_p > 0; }
+};
+
 struct Row {
   const void* logits;  // [vocab]
   LogitType type;
   int64_t vocab;
   RowScales scales;
   Uniforms uniforms;  // read only if scales.draw > 0
-  RowPart* parts;     // scratch, one for each chunk of the row
+  Restriction restriction;
+  RowPart* parts;      // scratch, one for each chunk of the row
+  float* tile_maxima;  // scratch, one for each tile; used if the restriction cuts
 };
 
 struct RowSample {

@@ -30,6 +30,11 @@ inline Vector copy_sign(Vector size, Vector sign) {
 inline Vector select_less(Vector a, Vector b, Vector yes, Vector no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+inline Vector select_bits(uint32_t bits, Vector yes, Vector no) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_castsi256_ps(set))};
+}
 inline Vector round(Vector a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vector times_power(Vector a, Vector n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
@@ -69,11 +74,30 @@ inline Vector load_first(const T* p, int count) {
   return {_mm256_blendv_ps(_mm256_set1_ps(-INFINITY), load(some).v, _mm256_castsi256_ps(wanted))};
 }
 
+inline int store_between(float* p, Vector a, Vector low, Vector high) {
+  const __m256 enough = _mm256_cmp_ps(a.v, low.v, _CMP_GE_OQ), inside = _mm256_cmp_ps(a.v, high.v, _CMP_LE_OQ);
+  const int wanted = _mm256_movemask_ps(_mm256_and_ps(enough, inside));
+  if (wanted == 0) return 0;
+  alignas(32) float x[8];
+  _mm256_store_ps(x, a.v);
+  int count = 0;
+  for (int i = 0; i < 8; ++i) {
+    p[count] = x[i];
+    count += wanted >> i & 1;
+  }
+  return count;
+}
+
 inline float first_lane(Vector a) { return _mm256_cvtss_f32(a.v); }
 inline float reduce_add(Vector a) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline float reduce_max(Vector a) {
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 }
 inline int first_equal(Vector a, Vector b) {
   const int equal = _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ));

@@ -33,6 +33,9 @@ inline Vector copy_sign(Vector size, Vector sign) {
 inline Vector select_less(Vector a, Vector b, Vector yes, Vector no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
+inline Vector select_bits(uint32_t bits, Vector yes, Vector no) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), no.v, yes.v)};
+}
 inline Vector round(Vector a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vector times_power(Vector a, Vector n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
@@ -68,8 +71,16 @@ inline void store(BFloat16* p, Vector a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
 
+inline int store_between(float* p, Vector a, Vector low, Vector high) {
+  const __mmask16 enough = _mm512_cmp_ps_mask(a.v, low.v, _CMP_GE_OQ);
+  const __mmask16 wanted = _mm512_mask_cmp_ps_mask(enough, a.v, high.v, _CMP_LE_OQ);
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(wanted, a.v));  // compressing into memory is slow on some CPUs
+  return __builtin_popcount(wanted);
+}
+
 inline float first_lane(Vector a) { return _mm512_cvtss_f32(a.v); }
 inline float reduce_add(Vector a) { return _mm512_reduce_add_ps(a.v); }
+inline float reduce_max(Vector a) { return _mm512_reduce_max_ps(a.v); }
 inline int first_equal(Vector a, Vector b) {
   const __mmask16 equal = _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
   return equal ? __builtin_ctz(equal) : -1;

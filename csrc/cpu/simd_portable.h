@@ -40,6 +40,11 @@ inline Vector copy_sign(const Vector& size, const Vector& sign) {  // size >= 0
 inline Vector select_less(const Vector& a, const Vector& b, const Vector& yes, const Vector& no) {
   return {a.v < b.v ? yes.v : no.v};
 }
+// lane by lane: `yes` where bit i is set, else `no`
+inline Vector select_bits(uint32_t bits, const Vector& yes, const Vector& no) {
+  const int32_t b = static_cast<int32_t>(bits);
+  return {(Bits{b, b, b, b} & Bits{1, 2, 4, 8}) != 0 ? yes.v : no.v};
+}
 inline Vector round(const Vector& a) {  // to the nearest integer; |a| < 2^22
   return {(a.v + 12582912.0f) - 12582912.0f};
 }
@@ -106,8 +111,22 @@ inline void store(Half* p, const Vector& a) {  // rounded to the nearest, ties t
   for (int i = 0; i < Vector::kWidth; ++i) p[i].bits = round_to_bits(a.v[i], Half{});
 }
 
+// Stores the lanes from `low` to `high` one after the other and says how many they are; all kWidth may be written.
+inline int store_between(float* p, const Vector& a, const Vector& low, const Vector& high) {
+  int count = 0;
+  for (int i = 0; i < Vector::kWidth; ++i) {
+    p[count] = a.v[i];
+    count += (a.v[i] >= low.v[i]) & (a.v[i] <= high.v[i]);
+  }
+  return count;
+}
+
 inline float first_lane(const Vector& a) { return a.v[0]; }
 inline float reduce_add(const Vector& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float reduce_max(const Vector& a) {  // of numbers
+  const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return x > y ? x : y;
+}
 inline int first_equal(const Vector& a, const Vector& b) {  // the lowest lane, or -1
   for (int i = 0; i < Vector::kWidth; ++i)
     if (a.v[i] == b.v[i]) return i;

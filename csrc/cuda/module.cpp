@@ -15,14 +15,25 @@ PerRow<T> per_row(const char* name, const RowArgument<T>& argument, const Tensor
   return {setting.values, setting.value};
 }
 
+void check_words(const TensorView& allowed, const TensorView& logits, std::int64_t rows, std::int64_t words) {
+  check(allowed.device_type() == logits.device_type() && allowed.device_id() == logits.device_id(),
+        "allowed must be on the device of the logits");
+  check(allowed.ndim() == 2 && allowed.size(0) == rows && allowed.size(1) == words &&
+            (words == 1 || allowed.stride(1) == 1),
+        "allowed must be [", rows, ", ", words, "] with stride 1 along the words, got ", allowed.shape());
+}
+
 // The arguments of sample_tokens_cpu (csrc/cpu/sample_tokens.h), all on one GPU, which must be the current one, and
-//   workspace  [at least sample_tokens_workspace(rows, vocab)] uint8, zeroed before its first use
+//   workspace  [at least sample_tokens_workspace(rows, vocab, limited)] uint8, zeroed before its first use
 //   stream     a cudaStream_t as an integer
 void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView>& masked,
                         const RowArgument<float>& temperature, const RowArgument<std::int64_t>& seed,
                         const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
-                        const RowArgument<float>& statistics_temperature, float softcap, const TensorView& ids,
-                        const TensorView& statistics, const TensorView& workspace, std::uintptr_t stream) {
+                        const RowArgument<float>& statistics_temperature, float softcap,
+                        const std::optional<TensorView>& allowed, const RowArgument<std::int64_t>& top_k,
+                        const RowArgument<float>& top_p, const RowArgument<float>& min_p, bool restricted,
+                        const TensorView& ids, const TensorView& statistics, const TensorView& workspace,
+                        std::uintptr_t stream) {
   check(logits.is_cuda(), "sample_tokens: logits must be on a CUDA device");
   check(logits.ndim() == 3 && logits.size(2) > 0 && (logits.size(2) == 1 || logits.stride(2) == 1),
         "sample_tokens: logits must be [outer, inner, vocab] with stride 1 along vocab, got ", logits.shape());
@@ -31,13 +42,9 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
   check(rows < kLimit && vocab < kLimit, "sample_tokens: rows and vocab must be below 2^31, got ", logits.shape());
   if (masked) check_rows("masked", *masked, logits, rows);
   if (position) check_rows("position", *position, logits, rows);
+  if (allowed) check_words(*allowed, logits, rows, (vocab + 31) / 32);
   check_rows("ids", ids, logits, 2 * rows);
   check_rows("statistics", statistics, logits, 5 * rows);
-  const std::int64_t bytes = static_cast<std::int64_t>(sample_tokens_workspace(rows, vocab));
-  check_rows("workspace", workspace, logits, workspace.numel());
-  check(workspace.dtype() == DType::UInt8 && workspace.numel() >= bytes, "workspace must be uint8 with at least ",
-        bytes, " elements, got ", workspace.dtype(), " of shape ", workspace.shape());
-  check(reinterpret_cast<std::uintptr_t>(workspace.raw_data()) % 16 == 0, "workspace must be 16-byte aligned");
 
   SampleTokens arguments{};
   arguments.logits = logits.raw_data();
@@ -54,9 +61,21 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
   arguments.step = per_row("step", step, logits, rows);
   arguments.statistics_temperature = per_row("statistics_temperature", statistics_temperature, logits, rows);
   arguments.softcap = softcap;
+  arguments.allowed = allowed ? allowed->data<const std::int32_t>() : nullptr;
+  arguments.allowed_stride = allowed ? allowed->stride(0) : 0;
+  arguments.top_k = per_row("top_k", top_k, logits, rows);
+  arguments.top_p = per_row("top_p", top_p, logits, rows);
+  arguments.min_p = per_row("min_p", min_p, logits, rows);
+  arguments.restricted = restricted;
   arguments.ids = ids.data<std::int64_t>();
   arguments.statistics = statistics.data<float>();
   arguments.workspace = workspace.raw_data();
+
+  const std::int64_t bytes = static_cast<std::int64_t>(sample_tokens_workspace(rows, vocab, is_limited(arguments)));
+  check_rows("workspace", workspace, logits, workspace.numel());
+  check(workspace.dtype() == DType::UInt8 && workspace.numel() >= bytes, "workspace must be uint8 with at least ",
+        bytes, " elements, got ", workspace.dtype(), " of shape ", workspace.shape());
+  check(reinterpret_cast<std::uintptr_t>(workspace.raw_data()) % 16 == 0, "workspace must be 16-byte aligned");
   sample_tokens(arguments, reinterpret_cast<CUstream_st*>(stream));
 }
 
@@ -66,9 +85,10 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
 PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
   m.doc() = "CUDA kernels for tensors on a GPU. Call them through diffusion_runtime.ops.";
   m.def("sample_tokens_workspace", &diffusion_runtime::sample_tokens_workspace, py::arg("rows"), py::arg("vocab"),
-        "The bytes of the zeroed workspace that sample_tokens needs.");
+        py::arg("limited"), "The bytes of the zeroed workspace that sample_tokens needs.");
   m.def("sample_tokens", &diffusion_runtime::sample_tokens_cuda, py::arg("logits"), py::arg("masked"),
         py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
-        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("ids"), py::arg("statistics"),
-        py::arg("workspace"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+        py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),
+        py::arg("min_p"), py::arg("restricted"), py::arg("ids"), py::arg("statistics"), py::arg("workspace"),
+        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

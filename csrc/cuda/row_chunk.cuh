@@ -2,33 +2,16 @@
 // from token ids alone.
 #pragma once
 
-#include "gpu_ops.h"
-#include "row_statistics.h"
+#include "row_tiles.cuh"
 
 namespace diffusion_runtime {
 namespace {
 
-// The tests set smaller sizes, so that few tokens make many chunks.
-#ifndef SAMPLE_TOKENS_CHUNK
-#define SAMPLE_TOKENS_CHUNK 8192
-#define SAMPLE_TOKENS_THREADS 128
-#define SAMPLE_TOKENS_ROW_BLOCKS 65535
-#endif
-constexpr int kChunk = SAMPLE_TOKENS_CHUNK;
-constexpr int kThreads = SAMPLE_TOKENS_THREADS;
-constexpr int kMaxRowBlocks = SAMPLE_TOKENS_ROW_BLOCKS;  // of one row: the limit of gridDim.y
-constexpr int kBlocksPerMultiprocessor = 6;              // so at most 80 registers a thread
+constexpr int kBlocksPerMultiprocessor = 6;  // so at most 80 registers a thread
 
 constexpr int kWarps = kThreads / 32;
 constexpr int kTiles = kChunk / kTile;
-constexpr int kNone = 0x7FFFFFFF;  // comes after every token
-constexpr float kLowestExponent = -126.0f;
 static_assert(kChunk % kTile == 0 && kThreads % 32 == 0, "whole tiles and warps");
-
-struct alignas(16) ChunkPart {
-  RowPart part;
-  int argmax;  // lowest token with part.max; kNone if no token compares equal to it
-};
 
 template <class T>
 struct Shared {
@@ -40,36 +23,6 @@ struct Shared {
   float weight[kTile];
   bool is_last;
 };
-
-// One row, as every thread of its blocks sees it.
-template <class T>
-struct Row {
-  const T* logits;  // [vocab]
-  int vocab;
-  RowScales scales;
-  float inverse_softcap;
-  bool two_masses;  // the draw has a temperature of its own
-
-  __device__ __forceinline__ int length(int chunk) const { return min(kChunk, vocab - chunk * kChunk); }
-  __device__ __forceinline__ float softcapped(float x) const {
-    return scales.softcap > 0 && x != -INFINITY ? scales.softcap * tanhf(x * inverse_softcap) : x;
-  }
-};
-
-__device__ __forceinline__ float max_over_warp(float x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-
-__device__ __forceinline__ float sum_over_warp(float x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x += __shfl_xor_sync(~0u, x, bit);
-  return x;
-}
-
-// (y - top) * scale: the difference first, because a product of two large numbers would round away what they differ by.
-__device__ __forceinline__ float exponent(float y, float top, float scale) { return (y - top) * scale; }
 
 // Copies with all threads of the block; each asks for several elements before it uses the first.
 template <class Element>
@@ -185,12 +138,18 @@ __device__ __forceinline__ void merge_largest(ChunkPart& into, const ChunkPart& 
   }
 }
 
-// What is known of a chunk, stored by thread 0.
-template <class T>
-__device__ __forceinline__ void read_chunk(const Row<T>& row, int chunk, Shared<T>& shared, ChunkPart* result) {
+// What is known of a chunk, stored by thread 0. With tile_keys, those of the chunk's tiles as well; with `hide`, tokens
+// that are not allowed count as -inf.
+template <bool kLimited, class T>
+__device__ __forceinline__ void read_chunk(const Row<T>& row, int chunk, bool hide, uint32_t* tile_keys,
+                                           Shared<T>& shared, ChunkPart* result) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = row.length(chunk);
   load_chunk(row, chunk, shared);
   __syncthreads();
+  if constexpr (kLimited) {
+    survey_tiles<kWarps>(row, chunk, hide, shared.logits, tile_keys);
+    __syncthreads();
+  }
   const float warp_max = max_over_warp(largest_of_thread(shared, length));
   if (lane == 0) shared.warp_max[warp] = warp_max;
   __syncthreads();

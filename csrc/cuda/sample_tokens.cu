@@ -1,8 +1,8 @@
 // One pass over the logits in one launch. A row is cut into chunks of kChunk tokens, one block each; the block that
 // ends last merges what the others found, draws the token and stores the results. The cuts, and the tokens each thread
 // sums, follow from token ids alone: a row gives the same bits in any batch, at any row number and at any address.
+#include "restricted_draw.cuh"
 #include "row_chunk.cuh"
-#include "sample_tokens.cuh"
 
 namespace diffusion_runtime {
 namespace {
@@ -60,7 +60,7 @@ __device__ __forceinline__ RowTotals totals_of_row(const ChunkPart* parts, int n
 
 // The token that the uniforms point at: the chunk, the tile in it, the token in the tile. Every thread picks for itself
 // from shared memory: the same numbers in the same order.
-template <class T>
+template <bool kLimited, class T>
 __device__ __forceinline__ int draw_token(const Row<T>& row, const Uniforms& uniforms, const ChunkPart* parts,
                                           int num_chunks, float top_of_row, double draw_mass, Shared<T>& shared) {
   const auto chunk_mass = [&](int c) {  // beyond kThreads chunks (2^20 tokens) slowly
@@ -76,7 +76,9 @@ __device__ __forceinline__ int draw_token(const Row<T>& row, const Uniforms& uni
   load_chunk(row, chunk, shared);
   __syncthreads();
   const auto weight = [&](int place) {
-    const float y = place < length ? row.softcapped(to_float(shared.logits[place])) : -INFINITY;
+    bool may = place < length;
+    if constexpr (kLimited) may = may && (row.allowed_from(chunk * kChunk + place) & 1);
+    const float y = may ? row.softcapped(to_float(shared.logits[place])) : -INFINITY;
     return fast_exp2(exponent(y, part.top, row.scales.draw));
   };
   for (int tile = threadIdx.x / 32; tile < num_tiles; tile += kWarps) {
@@ -99,65 +101,29 @@ __device__ __forceinline__ int draw_token(const Row<T>& row, const Uniforms& uni
   return chunk * kChunk + tile * kTile + in_tile;
 }
 
-struct RowSample {
-  int64_t token, argmax;
-  RowResult statistics;
-};
-
-__device__ __forceinline__ void store(const SampleTokens& op, int64_t r, const RowSample& sample) {
-  op.ids[r] = sample.token;
-  op.ids[op.rows + r] = sample.argmax;
-  const RowResult& s = sample.statistics;
-  const float values[] = {s.logprob, s.confidence, s.margin, s.entropy, s.logsumexp};
-#pragma unroll
-  for (int i = 0; i < 5; ++i) op.statistics[i * op.rows + r] = values[i];
-}
-
-template <class X>
-__device__ __forceinline__ X at(const PerRow<X>& setting, int64_t r) {
-  return setting.values != nullptr ? setting.values[r] : setting.value;
-}
-
-template <class T>
-__device__ __forceinline__ Row<T> row_of(const SampleTokens& op, unsigned outer_index, unsigned inner_index,
-                                         int64_t r) {
-  const float temperature = at(op.temperature, r);
-  Row<T> row;
-  row.logits = static_cast<const T*>(op.logits) + outer_index * op.outer_stride + inner_index * op.inner_stride;
-  row.vocab = int(op.vocab);
-  row.scales.statistics = scale_of_temperature(at(op.statistics_temperature, r));
-  row.scales.draw = temperature > 0 ? scale_of_temperature(temperature) : 0;
-  row.scales.softcap = op.softcap;
-  row.inverse_softcap = fminf(1 / op.softcap, 3.0e38f);  // finite, so that a logit of 0 stays 0
-  row.two_masses = row.scales.draw > 0 && row.scales.draw != row.scales.statistics;
-  return row;
-}
-
 // The results of a row whose parts are all there. Called by a whole block.
-template <class T>
-__device__ __forceinline__ RowSample finish_row(const SampleTokens& op, const Row<T>& row, int64_t r, int64_t position,
-                                                const ChunkPart* parts, int num_chunks, Shared<T>& shared) {
+template <bool kLimited, class T>
+__device__ __forceinline__ RowSample finish_row(const SampleTokens& op, const Row<T>& row, int64_t r,
+                                                const Workspace& workspace, const ChunkPart* parts, int num_chunks,
+                                                Shared<T>& shared) {
   const ChunkPart best = largest_of_row(parts, num_chunks);
   const float top = best.part.top;
   const RowTotals totals = totals_of_row(parts, num_chunks, top, row.scales, shared);
-  if (!has_distribution(best.part.max, totals.mass)) return {-1, -1, {NAN, NAN, NAN, NAN, NAN}};
+  if (!has_distribution(best.part.max, totals.mass)) return no_distribution();
 
   int token = best.argmax;
-  if (row.scales.draw > 0) {
-    const Uniforms uniforms = philox_uniforms(static_cast<uint64_t>(at(op.seed, r)), static_cast<uint32_t>(position),
-                                              static_cast<uint32_t>(at(op.step, r)), kDrawToken);
-    token = draw_token(row, uniforms, parts, num_chunks, top, totals.draw_mass, shared);
+  if (kLimited && draws_later(op, r)) {
+    if (threadIdx.x == 0) workspace.mass[r] = totals.mass;
+  } else if (row.scales.draw > 0) {
+    token = draw_token<kLimited>(row, uniforms_of(op, r), parts, num_chunks, top, totals.draw_mass, shared);
   }
   const float second = row.softcapped(best.part.second);
   return {token, best.argmax, row_result(top, second, row.softcapped(to_float(row.logits[token])), totals, row.scales)};
 }
 
-// The workspace: a ticket for each row, then the parts [rows, chunks].
-__host__ __device__ __forceinline__ int64_t ticket_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
-__host__ __device__ __forceinline__ int chunks_of(int64_t vocab) { return int((vocab + kChunk - 1) / kChunk); }
-
-// Grid (rows, blocks of a row): block b takes chunks b, b + gridDim.y and so on.
-template <class T>
+// Grid (rows, blocks of a row): block b takes chunks b, b + gridDim.y and so on. Where the draw is limited, restricted
+// statistics see only the allowed tokens, and some candidates are left to restricted_draw.
+template <class T, bool kLimited>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     sample_tokens_kernel(const __grid_constant__ SampleTokens op) {
   SHARED(Shared<T>, shared);
@@ -166,24 +132,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (blockIdx.y == 0 && threadIdx.x == 0) store(op, r, {-1, -1, {0, 0, 0, 0, 0}});
     return;
   }
-  const unsigned inner = unsigned(op.inner), outer_index = blockIdx.x / inner, inner_index = blockIdx.x % inner;
-  const Row<T> row = row_of<T>(op, outer_index, inner_index, r);
+  Row<T> row = row_of<T>(op, r);
+  if (kLimited && draws_later(op, r)) row.two_masses = false;
   const int num_chunks = chunks_of(op.vocab);
-  unsigned* const tickets = static_cast<unsigned*>(op.workspace);
-  char* const after_tickets = static_cast<char*>(op.workspace) + ticket_bytes(op.rows);
-  ChunkPart* const parts = reinterpret_cast<ChunkPart*>(after_tickets) + r * num_chunks;
+  const Workspace workspace = workspace_of(op);
+  ChunkPart* const parts = workspace.parts + r * num_chunks;
+  uint32_t* const tile_keys = workspace.tile_keys + r * tiles_of(op.vocab);
 
-  for (int chunk = blockIdx.y; chunk < num_chunks; chunk += gridDim.y) read_chunk(row, chunk, shared, parts + chunk);
-  if (!is_last_block(tickets + r, shared)) return;
-  const int64_t position = op.position != nullptr ? op.position[r] : inner_index;
-  const RowSample sample = finish_row(op, row, r, position, parts, num_chunks, shared);
+  for (int chunk = blockIdx.y; chunk < num_chunks; chunk += gridDim.y)
+    read_chunk<kLimited>(row, chunk, op.restricted, tile_keys, shared, parts + chunk);
+  if (!is_last_block(workspace.tickets + r, shared)) return;
+  const RowSample sample = finish_row<kLimited>(op, row, r, workspace, parts, num_chunks, shared);
   if (threadIdx.x == 0) store(op, r, sample);
 }
 
 }  // namespace
 
-size_t sample_tokens_workspace(int64_t rows, int64_t vocab) {
-  return size_t(ticket_bytes(rows)) + size_t(rows) * chunks_of(vocab) * sizeof(ChunkPart);
+bool is_limited(const SampleTokens& arguments) { return arguments.allowed != nullptr || has_cuts(arguments); }
+
+size_t sample_tokens_workspace(int64_t rows, int64_t vocab, bool limited) {
+  const size_t parts = size_t(ticket_bytes(rows)) + size_t(rows) * chunks_of(vocab) * sizeof(ChunkPart);
+  return parts + (limited ? size_t(rows) * (sizeof(double) + tiles_of(vocab) * (sizeof(uint32_t) + sizeof(float))) : 0);
 }
 
 void sample_tokens(const SampleTokens& arguments, cudaStream_t stream) {
@@ -192,7 +161,10 @@ void sample_tokens(const SampleTokens& arguments, cudaStream_t stream) {
   const auto launch_for = [&](auto logit) {
     using T = decltype(logit);
     static_assert(sizeof(Shared<T>) <= 48 << 10, "a block gets more only if the kernel's attributes say so");
-    launch(sample_tokens_kernel<T>, grid, dim3(kThreads), sizeof(Shared<T>), stream, arguments);
+    const auto kernel = is_limited(arguments) ? sample_tokens_kernel<T, true> : sample_tokens_kernel<T, false>;
+    launch(kernel, grid, dim3(kThreads), sizeof(Shared<T>), stream, arguments);
+    const bool later = has_cuts(arguments) || (arguments.allowed != nullptr && !arguments.restricted);
+    if (later) restricted_draw(arguments, stream);
   };
   switch (arguments.type) {
     case LogitType::Float32: return launch_for(float{});

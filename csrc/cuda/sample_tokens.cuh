@@ -30,16 +30,25 @@ struct SampleTokens {
   const int64_t* position;  // [rows], or null: the inner index
   PerRow<int64_t> step;
   PerRow<float> statistics_temperature;
-  float softcap;      // 0: none
-  int64_t* ids;       // [2, rows]: token, argmax; -1 in a row that is not masked or has no distribution
-  float* statistics;  // [5, rows]: logprob, confidence, margin, entropy, logsumexp; 0 in a row that is not masked
-  void* workspace;    // sample_tokens_workspace(rows, vocab) bytes, 16-byte aligned, zeroed before the first launch
+  float softcap;           // 0: none
+  const int32_t* allowed;  // [rows, ceil(vocab / 32)], stride 1 along the words; null: every token
+  int64_t allowed_stride;  // in words; 0: the same for every row
+  PerRow<int64_t> top_k;   // 0: none
+  PerRow<float> top_p;     // 1: none
+  PerRow<float> min_p;     // 0: none
+  bool restricted;         // the statistics are those of the tokens that may be drawn
+  int64_t* ids;            // [2, rows]: token, argmax; -1 in a row that is not masked or has no distribution
+  float* statistics;       // [5, rows]: logprob, confidence, margin, entropy, logsumexp; 0 in a row that is not masked
+  void* workspace;         // sample_tokens_workspace() bytes, 16-byte aligned, zeroed before the first launch
 };
 
-// A launch leaves the workspace such that the next one with as many rows can use it as it is.
-size_t sample_tokens_workspace(int64_t rows, int64_t vocab);
+// Whether a call limits what any of its rows may draw.
+bool is_limited(const SampleTokens& arguments);
 
-// Enqueues one kernel; throws std::runtime_error if it cannot be launched.
+// A launch leaves the workspace such that the next one with as many rows can use it as it is.
+size_t sample_tokens_workspace(int64_t rows, int64_t vocab, bool limited);
+
+// Enqueues one kernel, or two if what may be drawn is limited; throws std::runtime_error if it cannot be launched.
 void sample_tokens(const SampleTokens& arguments, CUstream_st* stream);
 
 }  // namespace diffusion_runtime

@@ -1,14 +1,23 @@
-"""``sample_from_hidden`` in C++: torch makes a tile of logits that fits a cache, C++ keeps what is needed of it."""
+"""The C++ backend of ``sample_from_hidden`` and of the soft embeddings: what happens around the kernels.
+
+torch makes a tile of logits that fits a cache, C++ keeps what is needed of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from diffusion_runtime.ops._instruction_set import instruction_set
 from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._settings import Settings
+
+if TYPE_CHECKING:
+    from diffusion_runtime.ops._sample_from_hidden import Run
+    from diffusion_runtime.ops._soft_embedding import Softmax, Weigh
 
 CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h
 TILE_LOGITS = 1 << 19  # of a tile, 2 MB of float32
@@ -24,6 +33,16 @@ def tiles(rows: int, vocab: int) -> Iterator[slice]:
         last = first + size if vocab - first - size >= CHUNK else vocab
         yield slice(first, last)
         first = last
+
+
+def load_sample_from_hidden() -> Run:
+    wanted = instruction_set()
+    return lambda hidden, weight, bias, settings: run_cpp(hidden, weight, bias, settings, wanted)
+
+
+def load_weigh() -> Weigh:
+    wanted = instruction_set()
+    return lambda logits, softmax, out: weigh_cpp(logits, softmax, out, wanted)
 
 
 def run_cpp(
@@ -54,5 +73,13 @@ def _of_group(
         )
     ids, statistics = torch.empty(2, rows, dtype=torch.int64), torch.empty(5, rows, dtype=torch.float32)
     of_rows = settings[1:8]  # from temperature to allowed
-    _C.sample_head(hidden, weight, bias, *of_rows, workspace, ids, statistics, instruction_set)  # type: ignore[arg-type]
+    _C.sample_head(hidden, weight, bias, *of_rows, workspace, ids, statistics, instruction_set)
     return ids, statistics
+
+
+def weigh_cpp(logits: Tensor, softmax: Softmax, out: Tensor, instruction_set: str) -> None:
+    from diffusion_runtime import _C
+
+    temperature, softcap, masked, logsumexp = softmax
+    assert logsumexp is not None
+    _C.weigh(logits, temperature, softcap, masked, logsumexp.float(), out, instruction_set)

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cpp
-from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops import _head_cpp, _head_triton
 from diffusion_runtime.ops._products import head_product
-from diffusion_runtime.ops._registry import Implementation, OpSpec
+from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_reference import sample_reference
 from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions
 from diffusion_runtime.ops._sample_tokens import SPEC as SAMPLE_TOKENS
@@ -151,14 +150,12 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Se
     return sample_reference(head(hidden, weight, bias)[None], settings)
 
 
-def _load_cpp() -> Run:
-    wanted = instruction_set()
-    return lambda hidden, weight, bias, settings: _head_cpp.run_cpp(hidden, weight, bias, settings, wanted)
-
-
 SPEC = OpSpec(
     name="sample_from_hidden",
     reference=_reference,
     validate=validate_head,
-    implementations=(Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),),
+    implementations=(
+        Implementation("cpp", frozenset({"cpu"}), FLOATS, _head_cpp.load_sample_from_hidden),
+        Implementation("triton", triton_devices(), FLOATS, _head_triton.load_sample_from_hidden),
+    ),
 )

@@ -168,10 +168,8 @@ def _load_cpp() -> Run:
 def run_cpp(logits: Tensor, settings: Settings, instruction_set: str) -> tuple[Tensor, Tensor]:
     from diffusion_runtime import _C
 
-    if settings.limits:  # SCAFFOLD-CPP
-        return sample_reference(logits, settings)
     ids, statistics = _results(logits)
-    _C.sample_tokens(logits, *settings[:7], ids, statistics, instruction_set)  # type: ignore[arg-type]
+    _C.sample_tokens(logits, *settings, ids, statistics, instruction_set)
     return ids, statistics
 
 
@@ -179,11 +177,9 @@ def _load_triton() -> Run:
     from diffusion_runtime.kernels import sample_tokens as kernel
 
     def run(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        if settings.limits:  # SCAFFOLD-TRITON
-            return sample_reference(logits, settings)
         ids, statistics = _results(logits)
         if ids.numel():
-            kernel.sample_tokens(logits, *settings[:7], ids, statistics)
+            kernel.sample_tokens(logits, *settings, ids, statistics)
         return ids, statistics
 
     return run
@@ -193,15 +189,13 @@ def _load_cuda() -> Run:
     from diffusion_runtime import _C_cuda
 
     def run(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-        if settings.limits:  # SCAFFOLD-CUDA
-            return sample_reference(logits, settings)
         ids, statistics = _results(logits)
         if ids.numel():
             with torch.cuda.device(logits.device):
-                size = _C_cuda.sample_tokens_workspace(ids.shape[1], logits.shape[2])
+                size = _C_cuda.sample_tokens_workspace(ids.shape[1], logits.shape[2], settings.limits)
                 workspace = torch.zeros(size, dtype=torch.uint8, device=logits.device)
                 stream = torch.cuda.current_stream().cuda_stream
-                _C_cuda.sample_tokens(logits, *settings[:7], ids, statistics, workspace, stream)  # type: ignore[arg-type]
+                _C_cuda.sample_tokens(logits, *settings, ids, statistics, workspace, stream)
         return ids, statistics
 
     return run

@@ -17,16 +17,16 @@ class Settings(NamedTuple):
     """The arguments as backends take them; a tensor has one element for each row, a number counts for every row."""
 
     masked: Tensor | None = None
-    temperature: Setting = 0.0
-    seed: Setting = 0
+    temperature: Tensor | float = 0.0
+    seed: Tensor | int = 0
     position: Tensor | None = None
-    step: Setting = 0
-    statistics_temperature: Setting = 1.0
+    step: Tensor | int = 0
+    statistics_temperature: Tensor | float = 1.0
     softcap: float = 0.0  # 0: none
     allowed: Tensor | None = None  # [rows, ceil(vocab / 32)] int32, stride 1 along the words, any along the rows
-    top_k: Setting = 0  # 0: none
-    top_p: Setting = 1.0  # 1: none
-    min_p: Setting = 0.0  # 0: none
+    top_k: Tensor | int = 0  # 0: none
+    top_p: Tensor | float = 1.0  # 1: none
+    min_p: Tensor | float = 0.0  # 0: none
     restricted: bool = False  # the statistics are those of the tokens that may be drawn
 
     @property

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops import _head_cpp, _head_triton
 from diffusion_runtime.ops._products import add_product, head_product
-from diffusion_runtime.ops._registry import Implementation, OpSpec
+from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
 from diffusion_runtime.ops._sample_from_hidden import run as sample_from_hidden_rows
@@ -265,29 +265,27 @@ def _reference_from_hidden(
     return _reference(head(hidden, weight, bias)[None], embedding, softmax)
 
 
-def weigh_cpp(logits: Tensor, softmax: Softmax, out: Tensor, instruction_set: str) -> None:
-    from diffusion_runtime import _C
+def _implementations(loop: Callable[[Weigh, str], Callable[..., Tensor]]) -> tuple[Implementation, ...]:
+    """The loop over tiles around the kernel of each backend."""
 
-    assert softmax.logsumexp is not None
-    temperature, softcap, masked, logsumexp = softmax
-    _C.weigh(logits, temperature, softcap, masked, logsumexp.float(), out, instruction_set)  # type: ignore[union-attr]
+    def implementation(backend: str, devices: frozenset[str], load: Callable[[], Weigh]) -> Implementation:
+        return Implementation(backend, devices, FLOATS, lambda: loop(load(), backend))
+
+    return (
+        implementation("cpp", frozenset({"cpu"}), _head_cpp.load_weigh),
+        implementation("triton", triton_devices(), _head_triton.load_weigh),
+    )
 
 
-def _load_weigh_cpp() -> Weigh:
-    wanted = instruction_set()
-    return lambda logits, softmax, out: weigh_cpp(logits, softmax, out, wanted)
-
-
-_CPU = frozenset({"cpu"})
 SPEC = OpSpec(
     name="soft_embedding",
     reference=_reference,
     validate=_validate,
-    implementations=(Implementation("cpp", _CPU, FLOATS, lambda: tiled(_load_weigh_cpp(), "cpp")),),
+    implementations=_implementations(tiled),
 )
 SPEC_FROM_HIDDEN = OpSpec(
     name="soft_embedding_from_hidden",
     reference=_reference_from_hidden,
     validate=validate_head,
-    implementations=(Implementation("cpp", _CPU, FLOATS, lambda: tiled_from_hidden(_load_weigh_cpp(), "cpp")),),
+    implementations=_implementations(tiled_from_hidden),
 )

@@ -3,7 +3,7 @@
     python tests/compile/compile_cuda.py [name ...]     # only the files so named
 
 Fails where a kernel spills registers or keeps a stack frame: both mean that something sits in memory that was meant to
-sit in a register. Skipped only where there is no nvcc.
+sit in a register; and where it does not read its inputs by 16 bytes. Skipped only where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ PTXAS = re.compile(
     r"Compiling entry function '(?P<entry>\S+)' for '(?P<target>\S+)'"
     r"|(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r"|Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
+)
+# of inputs that nobody writes, by each way there is: a load, a copy to shared memory, a tile by the copy engine
+WIDE_LOAD = re.compile(r"LDG\S*\.128\S*\.CONSTANT|LDGSTS\S*\.128|UTMALDG")
+SASS = re.compile(
+    r"arch = (?P<target>sm_\w+)|Function : (?P<entry>\S+)|^\s+/\*[0-9a-f]+\*/\s+(?P<code>.*);", re.MULTILINE
 )
 
 
@@ -35,11 +42,13 @@ class Usage(NamedTuple):
     stack: int
     spills: int
     shared: int  # the static part
+    wide_loads: int  # instructions that read 16 bytes or more of an input
 
     @property
     def faults(self) -> str:
         found = [f"a stack frame of {self.stack} bytes"] if self.stack else []
         found += [f"{self.spills} bytes of spills"] if self.spills else []
+        found += [] if self.wide_loads else ["no 16-byte load of an input"]
         return " and ".join(found)
 
 
@@ -49,14 +58,49 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
-def ptxas_report(nvcc: str, source: Path) -> str:
-    command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-c", "-o", os.devnull, "--threads", str(len(TARGETS))]
-    command += [f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda")]
-    command += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{source.name} does not compile\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+def find_cuobjdump(nvcc: str) -> str:
+    """The one beside nvcc or on PATH, or else the one that triton brings."""
+    found = shutil.which("cuobjdump", path=f"{Path(nvcc).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if found is not None:
+        return found
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
+
+
+def usages_of(nvcc: str, cuobjdump: str, source: Path) -> list[Usage]:
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder, "kernel.o")
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-Xptxas",
+            "-v",
+            "-c",
+            "-o",
+            str(compiled),
+            "--threads",
+            str(len(TARGETS)),
+        ]
+        command += [f"-I{ROOT / include}" for include in ("csrc/include", "csrc/cuda")]
+        command += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{source.name} does not compile\n{done.stdout}{done.stderr}")
+        sass = subprocess.run([cuobjdump, "-sass", str(compiled)], capture_output=True, text=True, check=True).stdout
+    wide_loads = count_wide_loads(sass)
+    return [usage._replace(wide_loads=wide_loads[usage[:2]]) for usage in read_report(done.stdout + done.stderr)]
+
+
+def count_wide_loads(sass: str) -> Counter[tuple[str, str]]:
+    """By kernel and target."""
+    found: Counter[tuple[str, str]] = Counter()
+    target, entry = "", ""
+    for match in SASS.finditer(sass):
+        target, entry = match["target"] or target, match["entry"] or entry
+        found[entry, target] += bool(match["code"] and WIDE_LOAD.search(match["code"]))
+    return found
 
 
 def read_report(report: str) -> list[Usage]:
@@ -70,7 +114,7 @@ def read_report(report: str) -> list[Usage]:
             stack += int(match["stack"])
             spills += int(match["stores"]) + int(match["loads"])
         else:
-            usages.append(Usage(name, target, int(match["registers"]), stack, spills, int(match["shared"] or 0)))
+            usages.append(Usage(name, target, int(match["registers"]), stack, spills, int(match["shared"] or 0), 0))
     return usages
 
 
@@ -91,15 +135,19 @@ def main(names: list[str]) -> None:
     sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem in names or not names]
     if not sources:
         sys.exit(f"there is no .cu file in csrc/cuda{' so named' if names else ''}")
-    print(f"{'kernel':64s} {'target':7s} {'registers':>9s} {'stack':>5s} {'spills':>6s} {'static shared':>13s}")
+    cuobjdump = find_cuobjdump(nvcc)
+    numbers = f"{'registers':>9s} {'stack':>5s} {'spills':>6s} {'static shared':>13s} {'wide loads':>10s}"
+    print(f"{'kernel':64s} {'target':7s} {numbers}")
     faults = []
     for source in sources:
-        usages = read_report(ptxas_report(nvcc, source))
+        usages = usages_of(nvcc, cuobjdump, source)
         if not usages:
             sys.exit(f"{source.name}: ptxas names no kernel")
         for usage in usages:
             title = f"{source.stem}: {readable(usage.name)}"
-            numbers = f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:13d}"
+            numbers = (
+                f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:13d} {usage.wide_loads:10d}"
+            )
             print(f"{title:64s} {usage.target:7s} {numbers}", flush=True)
             if usage.faults:
                 faults.append(f"{title}, {usage.target}: {usage.faults}")

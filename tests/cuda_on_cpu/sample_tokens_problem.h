@@ -2,6 +2,7 @@
 #pragma once
 #include <random>
 
+#include "restricted_draw.cu"
 #include "sample_tokens.cu"
 #include "sample_tokens_reference.h"
 #include "test_support.h"
@@ -35,7 +36,7 @@ struct type_of<BFloat16> {
   static constexpr ops::LogitType value = ops::LogitType::BFloat16;
 };
 
-constexpr int kKinds = 12;
+constexpr int kKinds = 15;
 
 // One row of the given kind.
 inline std::vector<float> make_row(int kind, int vocab, std::mt19937& random) {
@@ -73,6 +74,13 @@ inline std::vector<float> make_row(int kind, int vocab, std::mt19937& random) {
     case 11:  // a NaN in a chunk of nothing else
       set(0, vocab, -INFINITY), x[0] = NAN, x[vocab / 2] = NAN, x[vocab - 1] = vocab > 2 ? 1 : NAN;
       break;
+    case 12: set(0, vocab, -0.75f); break;
+    case 13:  // few values, 0 with either sign
+      for (float& value : x) value = std::copysign(std::floor(std::fabs(value)) / 2, value);
+      break;
+    case 14:  // values that differ in their last bits only
+      for (float& value : x) value = 4 + value / 4194304;
+      break;
   }
   return x;
 }
@@ -89,7 +97,7 @@ struct Output {
 inline std::vector<Output> run(ops::SampleTokens call, const char* what) {
   Buffer<int64_t> ids(2 * call.rows);
   Buffer<float> statistics(5 * call.rows);
-  Buffer<char> workspace(ops::sample_tokens_workspace(call.rows, call.vocab));
+  Buffer<char> workspace(ops::sample_tokens_workspace(call.rows, call.vocab, ops::is_limited(call)));
   const size_t tickets = ops::ticket_bytes(call.rows);
   std::memset(workspace.data, 0, tickets);
   call.ids = ids.data, call.statistics = statistics.data, call.workspace = workspace.data;
@@ -160,6 +168,7 @@ struct Problem {
     c.logits = logits.data + shape.offset, c.type = type_of<T>::value;
     c.inner_stride = stride, c.outer_stride = stride * shape.inner;
     c.rows = shape.rows(), c.inner = shape.inner, c.vocab = shape.vocab, c.softcap = shape.softcap;
+    c.top_p.value = 1;
     c.masked = shape.masked ? masked.data : nullptr;
     c.temperature = {temperature.data, 0}, c.statistics_temperature = {statistics_temperature.data, 0};
     c.seed = {seed.data, 0}, c.step = {step.data, 0}, c.position = position.data;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 // Philox4x32-10 as Salmon et al. define it: any counter, any key.

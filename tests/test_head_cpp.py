@@ -32,17 +32,23 @@ def test_draws_are_those_of_sample_tokens_on_the_rounded_logits(backend, dtype, 
     assert torch.equal(got.argmax, expected.argmax)
     agree = got.token == expected.token
     torch.testing.assert_close(got.logprob[agree], expected.logprob[agree], rtol=1e-4, atol=5e-3)
-    exact = (got.token == got.argmax) & agree
-    assert exact.any()
-    torch.testing.assert_close(got.logprob[exact], got.confidence[exact].log(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_logprob_of_the_argmax_is_that_of_its_confidence():
+    # where logits are large, their two roundings differ more than this allows
+    hidden, weight, _ = head(300, 3000, 200)
+    samples = ops.sample_from_hidden(hidden, weight * 20, temperature=1.0, seed=1, backend="cpp")
+    same = samples.token == samples.argmax
+    assert same.sum() > 100
+    torch.testing.assert_close(samples.logprob[same], samples.confidence[same].log(), rtol=2e-6, atol=2e-7)
 
 
 def test_tiles_are_whole_chunks_and_none_is_short():
     for rows in (1, 7, 256, 5000):
         for vocab in (1, 2047, 2048, 2049, 4095, 4097, 100_001, 262_144):
-            for most in (1, 1 << 16, 1 << 19):
-                with patch.object(_head_cpp, "TILE_LOGITS", most):
-                    tiles = list(_head_cpp.tiles(rows, vocab))
+            for most in (1, 1 << 18, 1 << 21):
+                with patch.object(_head_cpp, "TILE_BYTES", most):
+                    tiles = list(_head_cpp.tiles(rows, vocab, 4))
                 assert tiles[0].start == 0
                 assert tiles[-1].stop == vocab
                 assert all(a.stop == b.start and a.stop % 2048 == 0 for a, b in pairwise(tiles))
@@ -93,7 +99,7 @@ def test_the_logits_never_exist(dtype, temperature):
     def call():
         return ops.sample_from_hidden(hidden, weight, temperature=temperature, seed=1, backend="cpp")
 
-    with patch.object(_head_cpp, "TILE_LOGITS", 1 << 19):
+    with patch.object(_head_cpp, "TILE_BYTES", 1 << 21):
         call()  # what torch and oneDNN keep for themselves
         _, mb = peak_extra_mb(call, torch.device("cpu"))
-    assert mb < 256 * 60_000 * dtype.itemsize / 1e6 / 4
+    assert mb < 256 * 60_000 * dtype.itemsize / 1e6 / 2

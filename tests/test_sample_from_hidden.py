@@ -24,7 +24,7 @@ VOCABULARIES = [1, 2, 127, 129, 2047, 2049, 4096, 4097, 8200]
 @pytest.fixture(autouse=True)
 def _small_tiles():
     """A tile of one chunk, so that a few thousand tokens have several."""
-    with patch.object(_head_cpp, "TILE_LOGITS", 1):
+    with patch.object(_head_cpp, "TILE_BYTES", 1):
         yield
 
 
@@ -62,8 +62,8 @@ def assert_agrees(got, hidden, weight, **settings):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_agrees_with_float64(backend, dtype, vocab, temperature, statistics_temperature, softcap, with_bias):
-    if backend == "triton" and vocab > 4096 and softcap is not None:
-        pytest.skip("interpreted: a large vocabulary takes long")
+    if backend == "triton" and vocab > 2049 and (softcap is not None or dtype == torch.float16):
+        pytest.skip("interpreted: some of the large vocabularies are enough")
     hidden, weight, bias = head(9, vocab, 37, dtype)
     settings = {
         "bias": bias if with_bias else None,

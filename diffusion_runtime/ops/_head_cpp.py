@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from diffusion_runtime.ops._soft_embedding import Softmax, Weigh
 
 CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h
-TILE_LOGITS = 1 << 19  # of a tile, 2 MB of float32
+TILE_BYTES = 1 << 21  # of the logits of a tile, where it has more than a chunk
 MOST_ROWS = 1024  # at once: what is kept takes 12 bytes a row for each 512 tokens, and a tile has a chunk at least
 
 
-def tiles(rows: int, vocab: int) -> Iterator[slice]:
+def tiles(rows: int, vocab: int, element_size: int) -> Iterator[slice]:
     """The vocabulary in tiles of whole chunks. What is left joins the last one: products of few tokens round otherwise,
     and a row must not depend on how many there are."""
-    size = max(1, TILE_LOGITS // rows // CHUNK) * CHUNK
+    size = max(1, TILE_BYTES // (rows * element_size) // CHUNK) * CHUNK
     first = 0
     while first < vocab:
         last = first + size if vocab - first - size >= CHUNK else vocab
@@ -66,11 +66,12 @@ def _of_group(
     temperatures = settings.temperature, settings.statistics_temperature
     workspace = torch.empty(_C.head_workspace(rows, vocab, settings.temperature), dtype=torch.uint8)
     product = head_product(weight)
-    for tile in tiles(rows, vocab):
+    for tile in tiles(rows, vocab, hidden.element_size()):
         logits = product(hidden, weight[tile], None if bias is None else bias[tile])
         _C.read_head_tile(
             logits, tile.start, vocab, *temperatures, settings.softcap, settings.allowed, workspace, instruction_set
         )
+        del logits  # before the next ones are made
     ids, statistics = torch.empty(2, rows, dtype=torch.int64), torch.empty(5, rows, dtype=torch.float32)
     of_rows = settings[1:8]  # from temperature to allowed
     _C.sample_head(hidden, weight, bias, *of_rows, workspace, ids, statistics, instruction_set)

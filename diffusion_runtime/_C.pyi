@@ -37,7 +37,7 @@ def sample_head(
     bias: Tensor | None,
     temperature: Tensor | float,
     seed: Tensor | int,
-    position: Tensor,
+    position: Tensor | None,
     step: Tensor | int,
     statistics_temperature: Tensor | float,
     softcap: float,

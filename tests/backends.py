@@ -1,7 +1,9 @@
-"""The ways to run ``sample_tokens`` that a test goes through, and when two of them may draw different tokens."""
+"""The ways to run an op that a test goes through, and when two of them may draw different tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_runtime import ops
-from diffusion_runtime.ops import _sample_tokens
+from diffusion_runtime.ops import _head_cpp, _sample_tokens
 
 KERNELS = ["cpp-avx512", "cpp-avx2", "cpp-portable", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALL = ["reference", *KERNELS]
@@ -21,19 +23,40 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def sample_tokens(logits: torch.Tensor, *, backend: str, **settings: Any) -> ops.TokenSamples:
-    """``ops.sample_tokens`` on the device of the backend; results come back to the CPU."""
-    name, _, instruction_set = backend.partition("-")
+@contextmanager
+def instruction_set(wanted: str) -> Iterator[None]:
+    """Every C++ kernel runs with this one; with the default one if the name is empty."""
+    usable = pytest.importorskip("diffusion_runtime._C").instruction_sets()
+    if wanted and wanted not in usable:
+        pytest.skip(f"this CPU has {', '.join(usable)}")
+    with ExitStack() as patches:
+        for module, name in ((_sample_tokens, "run_cpp"), (_head_cpp, "run_cpp"), (_head_cpp, "weigh_cpp")):
+            run = getattr(module, name)
+            patches.enter_context(
+                patch.object(module, name, lambda *rest, run=run: run(*rest[:-1], wanted or rest[-1]))
+            )
+        yield
+
+
+def run_op(op: str, *tensors: Any, backend: str, **settings: Any) -> Any:
+    """An op on the device of a backend; skips where the backend is not available. Results come back to the CPU."""
+    name, _, wanted = backend.partition("-")
     device = device_of(backend)
-    if instruction_set:
-        usable = pytest.importorskip("diffusion_runtime._C").instruction_sets()
-        if instruction_set not in usable:
-            pytest.skip(f"this CPU has {', '.join(usable)}")
+    if name not in ops.available_backends(op, device.type, tensors[0].dtype):
+        pytest.skip(ops.explain(op, device.type, tensors[0].dtype).replace("\n", "; "))
+    moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in tensors]
     settings = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
-    run_cpp = _sample_tokens.run_cpp
-    with patch.object(_sample_tokens, "run_cpp", lambda *rows: run_cpp(*rows[:2], instruction_set or rows[2])):
-        samples = ops.sample_tokens(logits.to(device), backend=name, **settings)
-    return ops.TokenSamples(*(x.cpu() for x in samples))
+    with instruction_set(wanted) if name == "cpp" else nullcontext():
+        result = getattr(ops, op)(*moved, backend=name, **settings)
+    return result.cpu() if isinstance(result, torch.Tensor) else ops.TokenSamples(*(x.cpu() for x in result))
+
+
+def sample_tokens(logits: torch.Tensor, *, backend: str, **settings: Any) -> ops.TokenSamples:
+    return run_op("sample_tokens", logits, backend=backend, **settings)
+
+
+def sample_from_hidden(hidden: torch.Tensor, weight: torch.Tensor, *, backend: str, **settings: Any):
+    return run_op("sample_from_hidden", hidden, weight, backend=backend, **settings)
 
 
 def is_rounding_boundary(logits: torch.Tensor, temperature: float, uniforms: tuple[float, float], tokens: set[int]):

@@ -76,7 +76,7 @@ void read_head_tile(const TensorView& logits, std::int64_t first, std::int64_t v
 
 void sample_head(const TensorView& hidden, const TensorView& weight, const std::optional<TensorView>& bias,
                  const RowArgument<float>& temperature, const RowArgument<std::int64_t>& seed,
-                 const TensorView& position, const RowArgument<std::int64_t>& step,
+                 const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
                  const RowArgument<float>& statistics_temperature, float softcap,
                  const std::optional<TensorView>& allowed, const TensorView& workspace, const TensorView& ids,
                  const TensorView& statistics, const std::string& instruction_set) {
@@ -92,14 +92,15 @@ void sample_head(const TensorView& hidden, const TensorView& weight, const std::
   const auto seeds = row_setting("seed", seed, hidden, rows);
   const auto steps = row_setting("step", step, hidden, rows);
   const auto statistics_temperatures = row_setting("statistics_temperature", statistics_temperature, hidden, rows);
-  check_rows("position", position, hidden, rows);
+  check(position || !draws(temperature), "a draw needs a position");
+  if (position) check_rows("position", *position, hidden, rows);
   check_rows("ids", ids, hidden, 2 * rows);
   check_rows("statistics", statistics, hidden, 5 * rows);
   const AllowedWords words = words_of(allowed, rows, vocab);
   const Workspace kept(workspace, rows, vocab, temperature);
   const LogitType type = logit_type(hidden.dtype());
   const std::int64_t row_bytes = dim * (type == LogitType::Float32 ? 4 : 2);
-  const auto* const positions = position.data<const std::int64_t>();
+  const auto* const positions = position ? position->data<const std::int64_t>() : nullptr;
   auto* const token = ids.data<std::int64_t>();
   auto* const result = statistics.data<float>();
 

@@ -27,10 +27,11 @@ void read_head_tile(const TensorView& logits, std::int64_t first, std::int64_t v
 //   hidden          [rows, dim], contiguous
 //   weight          [vocab, dim] in the dtype of hidden, any strides
 //   bias            [vocab] in the dtype of hidden, contiguous, or none
+//   position        [rows] int64, or none where nothing is drawn
 //   ids, statistics as in sample_tokens_cpu
 void sample_head(const TensorView& hidden, const TensorView& weight, const std::optional<TensorView>& bias,
                  const RowArgument<float>& temperature, const RowArgument<std::int64_t>& seed,
-                 const TensorView& position, const RowArgument<std::int64_t>& step,
+                 const std::optional<TensorView>& position, const RowArgument<std::int64_t>& step,
                  const RowArgument<float>& statistics_temperature, float softcap,
                  const std::optional<TensorView>& allowed, const TensorView& workspace, const TensorView& ids,
                  const TensorView& statistics, const std::string& instruction_set);

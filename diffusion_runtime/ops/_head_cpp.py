@@ -1,29 +1,48 @@
-"""``sample_from_hidden`` in C++: torch makes a tile of logits that stays in the cache, C++ keeps what matters of it."""
+"""The C++ backend of ``sample_from_hidden`` and of the soft embeddings: what happens around the kernels.
+
+torch makes a tile of logits that fits a cache, C++ keeps what is needed of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._head_product import head_product
+from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._settings import Settings
 
+if TYPE_CHECKING:
+    from diffusion_runtime.ops._sample_from_hidden import Run
+    from diffusion_runtime.ops._soft_embedding import Softmax, Weigh
+
 CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h
-TILE_LOGITS = 1 << 19  # of a tile, 2 MB of float32
+TILE_BYTES = 1 << 21  # of the logits of a tile, where it has more than a chunk
 MOST_ROWS = 1024  # at once: what is kept takes 12 bytes a row for each 512 tokens, and a tile has a chunk at least
 
 
-def tiles(rows: int, vocab: int) -> Iterator[slice]:
+def tiles(rows: int, vocab: int, element_size: int) -> Iterator[slice]:
     """The vocabulary in tiles of whole chunks. What is left joins the last one: products of few tokens round otherwise,
     and a row must not depend on how many there are."""
-    size = max(1, TILE_LOGITS // rows // CHUNK) * CHUNK
+    size = max(1, TILE_BYTES // (rows * element_size) // CHUNK) * CHUNK
     first = 0
     while first < vocab:
         last = first + size if vocab - first - size >= CHUNK else vocab
         yield slice(first, last)
         first = last
+
+
+def load_sample_from_hidden() -> Run:
+    wanted = instruction_set()
+    return lambda hidden, weight, bias, settings: run_cpp(hidden, weight, bias, settings, wanted)
+
+
+def load_weigh() -> Weigh:
+    wanted = instruction_set()
+    return lambda logits, softmax, out: weigh_cpp(logits, softmax, out, wanted)
 
 
 def run_cpp(
@@ -47,14 +66,21 @@ def _of_group(
     temperatures = settings.temperature, settings.statistics_temperature
     workspace = torch.empty(_C.head_workspace(rows, vocab, settings.temperature), dtype=torch.uint8)
     product = head_product(weight)
-    for tile in tiles(rows, vocab):
+    for tile in tiles(rows, vocab, hidden.element_size()):
         logits = product(hidden, weight[tile], None if bias is None else bias[tile])
         _C.read_head_tile(
             logits, tile.start, vocab, *temperatures, settings.softcap, settings.allowed, workspace, instruction_set
         )
+        del logits  # before the next ones are made
     ids, statistics = torch.empty(2, rows, dtype=torch.int64), torch.empty(5, rows, dtype=torch.float32)
-    position = torch.arange(rows) if settings.position is None else settings.position
-    places = (settings.temperature, settings.seed, position, settings.step, settings.statistics_temperature)
-    limits = (settings.softcap, settings.allowed)
-    _C.sample_head(hidden, weight, bias, *places, *limits, workspace, ids, statistics, instruction_set)
+    of_rows = settings[1:8]  # from temperature to allowed
+    _C.sample_head(hidden, weight, bias, *of_rows, workspace, ids, statistics, instruction_set)
     return ids, statistics
+
+
+def weigh_cpp(logits: Tensor, softmax: Softmax, out: Tensor, instruction_set: str) -> None:
+    from diffusion_runtime import _C
+
+    temperature, softcap, masked, logsumexp = softmax
+    assert logsumexp is not None
+    _C.weigh(logits, temperature, softcap, masked, logsumexp.float(), out, instruction_set)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _commit_backends, _sample_from_hidden, _sample_tokens
+from diffusion_runtime.ops import _commit_backends, _sample_from_hidden, _sample_tokens, _soft_embedding
 from diffusion_runtime.ops._commit_reference import Problem, results
 from diffusion_runtime.ops._settings import from_operator
 
@@ -59,6 +59,48 @@ torch.library.define(
 torch.library.impl("diffusion_runtime::sample_from_hidden", "CompositeExplicitAutograd", _sample_from_hidden_operator)
 torch.library.register_fake(
     "diffusion_runtime::sample_from_hidden", lambda hidden, *_: _results(hidden, hidden.shape[0])
+)
+
+
+# the arguments of Softmax, in the order of to_operator
+_SOFTMAX = "Tensor? temperature, float temperature_value, float softcap, Tensor? masked, Tensor? logsumexp, str backend"
+
+
+def _soft_embedding_operator(logits: Tensor, embedding: Tensor, *softmax: Any) -> Tensor:
+    *values, backend = softmax
+    run: _soft_embedding.Run = _soft_embedding.SPEC.resolve(logits.device.type, logits.dtype, backend)
+    return run(logits, embedding, _soft_embedding.from_operator(*values))
+
+
+def _soft_embedding_from_hidden_operator(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, embedding: Tensor, *softmax: Any
+) -> Tensor:
+    *values, backend = softmax
+    spec = _soft_embedding.SPEC_FROM_HIDDEN
+    run: _soft_embedding.RunFromHidden = spec.resolve(hidden.device.type, hidden.dtype, backend)
+    return run(hidden, weight, bias, embedding, _soft_embedding.from_operator(*values))
+
+
+def _embedded(embedding: Tensor, count: int) -> Tensor:
+    return embedding.new_empty((count, embedding.shape[1]))
+
+
+torch.library.define("diffusion_runtime::soft_embedding", f"(Tensor logits, Tensor embedding, {_SOFTMAX}) -> Tensor")
+torch.library.impl("diffusion_runtime::soft_embedding", "CompositeExplicitAutograd", _soft_embedding_operator)
+torch.library.register_fake(
+    "diffusion_runtime::soft_embedding",
+    lambda logits, embedding, *_: _embedded(embedding, logits.shape[0] * logits.shape[1]),
+)
+torch.library.define(
+    "diffusion_runtime::soft_embedding_from_hidden",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor embedding, {_SOFTMAX}) -> Tensor",
+)
+torch.library.impl(
+    "diffusion_runtime::soft_embedding_from_hidden", "CompositeExplicitAutograd", _soft_embedding_from_hidden_operator
+)
+torch.library.register_fake(
+    "diffusion_runtime::soft_embedding_from_hidden",
+    lambda hidden, weight, bias, embedding, *_: _embedded(embedding, hidden.shape[0]),
 )
 # the fields of Problem, in the order of its to_operator
 torch.library.define(

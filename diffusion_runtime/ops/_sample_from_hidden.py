@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.ops import _head_cpp, _head_cuda, _head_triton
-from diffusion_runtime.ops._head_product import head_product
-from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_reference import sample_reference
 from diffusion_runtime.ops._sample_tokens import CHECKED, FLOATS, TokenSamples, as_samples, check_distributions
@@ -53,7 +52,7 @@ def sample_from_hidden(
     logits are read more than once: then at most four million logits (16 MB) exist at a time, a group of rows after the
     other.
 
-    Logits are rounded to the dtype of the weight, as those of a ``hidden @ weight.T`` of the caller's would be; sums
+    Logits are rounded to the dtype of the weight, as those of the caller's own ``hidden @ weight.T`` would be; sums
     over them are in float32. A row depends on its batch no further than torch's products do: in how they round.
 
     Args:
@@ -151,18 +150,13 @@ def _reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Se
     return sample_reference(head(hidden, weight, bias)[None], settings)
 
 
-def _load_cpp() -> Run:
-    wanted = instruction_set()
-    return lambda hidden, weight, bias, settings: _head_cpp.run_cpp(hidden, weight, bias, settings, wanted)
-
-
 SPEC = OpSpec(
     name="sample_from_hidden",
     reference=_reference,
     validate=validate_head,
     implementations=(
         Implementation("cuda", frozenset({"cuda"}), FLOATS, _head_cuda.load_sample_from_hidden),
-        Implementation("cpp", frozenset({"cpu"}), FLOATS, _load_cpp),
+        Implementation("cpp", frozenset({"cpu"}), FLOATS, _head_cpp.load_sample_from_hidden),
         Implementation("triton", triton_devices(), FLOATS, _head_triton.load_sample_from_hidden),
     ),
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cuda, _head_triton
-from diffusion_runtime.ops._head_product import head_product
-from diffusion_runtime.ops._instruction_set import instruction_set
+from diffusion_runtime.ops import _head_cpp, _head_cuda, _head_triton
+from diffusion_runtime.ops._products import add_product, head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
 from diffusion_runtime.ops._sample_from_hidden import head, validate_head
@@ -69,8 +68,14 @@ def soft_embedding(
     _validate(logits, embedding)
     leading = logits.shape[:-1]
     softmax = _read_softmax(leading, logits.device, temperature, softcap, masked, logsumexp)
-    run: Run = SPEC.resolve(logits.device.type, logits.dtype, backend)
-    return run(as_rows(logits), embedding.detach(), softmax).view(*leading, embedding.shape[1])
+    rows, embedding = as_rows(logits), embedding.detach()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.diffusion_runtime.soft_embedding
+        result: Tensor = operator(rows, embedding, *to_operator(softmax), backend or "auto")
+    else:
+        run: Run = SPEC.resolve(logits.device.type, logits.dtype, backend)
+        result = run(rows, embedding, softmax)
+    return result.view(*leading, embedding.shape[1])
 
 
 def soft_embedding_from_hidden(
@@ -103,10 +108,16 @@ def soft_embedding_from_hidden(
             f"got {tuple(embedding.shape)} on {embedding.device}"
         )
     softmax = _read_softmax(leading, hidden.device, temperature, softcap, masked, logsumexp)
-    run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
     rows = hidden.detach().reshape(leading.numel(), hidden.shape[-1])
-    bias = None if bias is None else bias.detach()
-    return run(rows, weight.detach(), bias, embedding.detach(), softmax).view(*leading, embedding.shape[1])
+    weight, embedding = weight.detach(), embedding.detach()
+    bias = None if bias is None else bias.detach().contiguous()
+    if torch.compiler.is_compiling():
+        operator = torch.ops.diffusion_runtime.soft_embedding_from_hidden
+        result: Tensor = operator(rows, weight, bias, embedding, *to_operator(softmax), backend or "auto")
+    else:
+        run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
+        result = run(rows, weight, bias, embedding, softmax)
+    return result.view(*leading, embedding.shape[1])
 
 
 MIN_TILE = 1024  # tokens
@@ -114,8 +125,8 @@ MIN_TILE = 1024  # tokens
 # that fill it, and 32 MB of bfloat16, which its second-level cache can hold until they are multiplied
 MOST_PROBABILITIES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
-# logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in any float dtype, rows may be strided: fills it
-# with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, whose logits are not read
+# logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in float32, float16 or bfloat16, rows may be
+# strided: fills it with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, which are not read
 Weigh = Callable[[Tensor, Softmax, Tensor], None]
 # logits [outer, inner, vocab], embedding [vocab, dim], softmax -> [rows, dim]
 Run = Callable[[Tensor, Tensor, Softmax], Tensor]
@@ -144,6 +155,17 @@ def _read_softmax(
         mask_setting("masked", masked, leading, device),
         logsumexp,
     )
+
+
+def to_operator(softmax: Softmax) -> list[Any]:
+    """A softmax as an operator of ``_library.py`` takes it: the temperature is a tensor or None, then a number."""
+    temperature, *others = softmax
+    return [temperature, 1.0, *others] if isinstance(temperature, Tensor) else [None, temperature, *others]
+
+
+def from_operator(tensor: Tensor | None, number: float, *others: Any) -> Softmax:
+    """The inverse of :func:`to_operator`."""
+    return Softmax(number if tensor is None else tensor, *others)
 
 
 def _validate(logits: Tensor, embedding: Tensor) -> None:
@@ -209,17 +231,16 @@ def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: T
     num_rows, (vocab, dim) = len(softmax.logsumexp), embedding.shape
     most = MOST_PROBABILITIES.get(embedding.device.type, MOST_PROBABILITIES["cpu"])
     size = max(MIN_TILE, most // max(1, num_rows) // MIN_TILE * MIN_TILE)
-    # partial products are in the dtype of the embedding, their sum is not
-    total = torch.zeros(num_rows, dim, dtype=torch.float32, device=embedding.device)
-    probabilities = torch.empty(num_rows, min(size, vocab), dtype=embedding.dtype, device=embedding.device)
+    # partial products are in the dtype of the embedding, their sum in float32 at least
+    dtype = torch.promote_types(embedding.dtype, torch.float32)
+    total = torch.zeros(num_rows, dim, dtype=dtype, device=embedding.device)
+    narrow = torch.float32 if embedding.dtype == torch.float64 else embedding.dtype
+    probabilities = torch.empty(num_rows, min(size, vocab), dtype=narrow, device=embedding.device)
     for first in range(0, vocab, size) if num_rows else ():
         tile = slice(first, min(first + size, vocab))
         part = probabilities[:, : tile.stop - first]
         weigh(logits_of(tile), softmax, part)
-        if embedding.dtype == torch.float32:
-            total.addmm_(part, embedding[tile])
-        else:
-            total += part @ embedding[tile]
+        add_product(total, part.to(embedding.dtype), embedding[tile])
     return total.to(embedding.dtype)
 
 
@@ -247,19 +268,6 @@ def _reference_from_hidden(
     return _reference(head(hidden, weight, bias)[None], embedding, softmax)
 
 
-def weigh_cpp(logits: Tensor, softmax: Softmax, out: Tensor, instruction_set: str) -> None:
-    from diffusion_runtime import _C
-
-    assert softmax.logsumexp is not None
-    temperature, softcap, masked, logsumexp = softmax
-    _C.weigh(logits, temperature, softcap, masked, logsumexp.float(), out, instruction_set)  # type: ignore[union-attr]
-
-
-def _load_weigh_cpp() -> Weigh:
-    wanted = instruction_set()
-    return lambda logits, softmax, out: weigh_cpp(logits, softmax, out, wanted)
-
-
 def _implementations(loop: Callable[[Weigh, str], Callable[..., Tensor]]) -> tuple[Implementation, ...]:
     """The loop over tiles around the kernel of each backend."""
 
@@ -268,7 +276,7 @@ def _implementations(loop: Callable[[Weigh, str], Callable[..., Tensor]]) -> tup
 
     return (
         implementation("cuda", frozenset({"cuda"}), _head_cuda.load_weigh),
-        implementation("cpp", frozenset({"cpu"}), _load_weigh_cpp),
+        implementation("cpp", frozenset({"cpu"}), _head_cpp.load_weigh),
         implementation("triton", triton_devices(), _head_triton.load_weigh),
     )
 

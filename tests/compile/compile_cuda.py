@@ -29,7 +29,7 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # products by tensor cores; copies to shared memory that go past the registers, 16 bytes each
     "head_parts_kernel": (r"HMMA\.16816\.F32(\.BF16)?", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128(\.ZFILL)?"),
     # logits that another kernel has just written
-    "logit_parts_kernel": (r"LDG\.E\.128",),
+    "logit_parts_kernel": (r"LDG\.E\.(64|128)",),  # four tokens a lane
     "weigh_kernel": (r"LDG\.E\.128",),
     # some hundred positions: bytes do not matter there
     "commit_step_kernel": (),

@@ -17,7 +17,7 @@ demo: $(VENV)/.demo  ## solve a puzzle on the CPU, step by step
 
 test: $(VENV)/.dev  ## the suite; on a machine without a GPU, every kernel runs on the CPU
 	@$(MAKE) --no-print-directory -j2 -C tests/cuda_on_cpu plain
-	@$(RUN) -m pytest $(if $(HAS_GPU),,-m "not gpu")
+	@$(RUN) -m pytest $(if $(HAS_GPU),,-m "not gpu" -n $(or $(shell nproc 2> /dev/null),1) -p no:benchmark)
 
 bench: $(VENV)/.dev  ## time every op beside its peers
 	@$(RUN) -m bench

@@ -11,6 +11,9 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel file is
     if find_spec("triton") is not None:

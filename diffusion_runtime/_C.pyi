@@ -56,3 +56,20 @@ def weigh(
     out: Tensor,
     instruction_set: str,
 ) -> None: ...
+def commit_step(
+    masked: Tensor,
+    score: Tensor | None,
+    rule: int,
+    bound: Tensor | None,
+    bound_value: float,
+    tokens: Tensor | None,
+    candidates: Tensor | None,
+    vocab: int,
+    seed: Tensor | None,
+    seed_value: int,
+    position: Tensor | None,
+    step: Tensor | None,
+    step_value: int,
+    commit_mask: Tensor,
+    after: Tensor,
+) -> None: ...

@@ -20,3 +20,55 @@ def sample_tokens(
     workspace: Tensor,
     stream: int,
 ) -> None: ...
+def commit_step(
+    masked: Tensor,
+    score: Tensor | None,
+    rule: int,
+    bound: Tensor | None,
+    bound_value: float,
+    tokens: Tensor | None,
+    candidates: Tensor | None,
+    vocab: int,
+    seed: Tensor | None,
+    seed_value: int,
+    position: Tensor | None,
+    step: Tensor | None,
+    step_value: int,
+    commit_mask: Tensor,
+    after: Tensor,
+    stream: int,
+) -> None: ...
+def sample_from_hidden_workspace(rows: int, vocab: int) -> int: ...
+
+class SampleFromHidden:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        masked: Tensor | None,
+        temperature: Tensor | float,
+        seed: Tensor | int,
+        position: Tensor | None,
+        step: Tensor | int,
+        statistics_temperature: Tensor | float,
+        softcap: float,
+        allowed: Tensor | None,
+        ids: Tensor,
+        statistics: Tensor,
+        workspace: Tensor,
+    ) -> None: ...
+    def head_parts_takes(self) -> bool: ...
+    def head_parts(self, stream: int) -> None: ...
+    def logit_parts(self, logits: Tensor, first: int, stream: int) -> None: ...
+    def finish(self, stream: int) -> None: ...
+
+def weigh(
+    logits: Tensor,
+    masked: Tensor | None,
+    temperature: Tensor | float,
+    softcap: float,
+    logsumexp: Tensor,
+    probabilities: Tensor,
+    stream: int,
+) -> None: ...

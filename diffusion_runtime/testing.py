@@ -38,7 +38,7 @@ def assert_as_accurate(actual: Tensor, same_dtype: Tensor, truth: Tensor, *, flo
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Make ``torch.empty`` return NaN (or the largest integer), so that an element left unwritten shows."""
+    """Make ``torch.empty`` return NaN (the largest integer, or True), so that an element left unwritten shows."""
     with torch.device("meta"):  # a device context collects the functions it redirects once: the real one, not ours
         torch.empty(0)
     empty = torch.empty

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
+NAMES = """emulation tensor_core_ops sample_tokens sample_tokens_full restricted_draw restricted_draw_full
+head head_full weigh commit""".split()
 MISSING = [tool for tool in ("g++", "make") if shutil.which(tool) is None]
 
 
@@ -16,9 +18,7 @@ def _run(*command: str) -> None:
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"the emulated CUDA tests need {' and '.join(MISSING)}, not found")
-@pytest.mark.parametrize(
-    "name", ["emulation", "sample_tokens", "sample_tokens_full", "restricted_draw", "restricted_draw_full"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_cuda_on_cpu(name: str):
     _run("make", "--no-print-directory", "CXX=g++", f"build/plain/{name}")
     _run(f"build/plain/{name}")

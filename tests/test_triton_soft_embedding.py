@@ -97,7 +97,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_over_several_tiles(from_hidden, dtype, monkeypatch):
     monkeypatch.setattr(_soft_embedding, "MIN_TILE", 128)
-    monkeypatch.setattr(_soft_embedding, "MOST_PROBABILITIES", 6 * 256)
+    monkeypatch.setattr(_soft_embedding, "MOST_PROBABILITIES", {"cpu": 6 * 256, "cuda": 6 * 256})
     hidden, weight = torch.randn(2, 3, 20).to(dtype), torch.randn(700, 20).to(dtype)
     settings = {"temperature": 0.8, "softcap": 4.0, "masked": torch.tensor([True, False, True])}
     logits = hidden @ weight.T

@@ -1,4 +1,5 @@
 // diffusion_runtime._C: one m.def per op, nothing else.
+#include "commit.h"
 #include "head.h"
 #include "instruction_set.h"
 #include "sample_tokens.h"
@@ -26,4 +27,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("weigh", &diffusion_runtime::weigh_cpu, py::arg("logits"), py::arg("temperature"), py::arg("softcap"),
         py::arg("masked"), py::arg("logsumexp"), py::arg("out"), py::arg("instruction_set"),
         py::call_guard<py::gil_scoped_release>());
+  m.def("commit_step", &diffusion_runtime::commit_step_cpu, py::arg("masked"), py::arg("score"), py::arg("rule"),
+        py::arg("bound"), py::arg("bound_value"), py::arg("tokens"), py::arg("candidates"), py::arg("vocab"),
+        py::arg("seed"), py::arg("seed_value"), py::arg("position"), py::arg("step"), py::arg("step_value"),
+        py::arg("commit_mask"), py::arg("after"), py::call_guard<py::gil_scoped_release>());
 }

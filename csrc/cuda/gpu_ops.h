@@ -22,9 +22,23 @@ namespace diffusion_runtime {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // more only if the kernel's attributes say so
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess) throw std::runtime_error(std::string("kernel launch: ") + cudaGetErrorString(error));
+}
+
+// Of the current device: as many blocks as can run at once, for a kernel whose blocks loop over the work.
+inline int num_multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) throw std::runtime_error(std::string("device: ") + cudaGetErrorString(error));
+  return count;
 }
 
 // 2^x within 2 ulp; 0 where that would not be a normal number
@@ -49,6 +63,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   cuda_on_cpu::run(grid, block, shared_bytes, [&] { kernel(arguments...); });
 }
 
+inline int num_multiprocessors() { return cuda_on_cpu::num_multiprocessors; }
+
 inline float fast_exp2(float x) { return x < -126.0f ? 0 : exp2f(x); }
 
 }  // namespace diffusion_runtime
@@ -63,20 +79,26 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(x); }
 
+// The nearest number of its type, ties to even.
+template <class T>
+__device__ __forceinline__ T narrowed(float x);
+template <>
+__device__ __forceinline__ float narrowed<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ BFloat16 narrowed<BFloat16>(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ Float16 narrowed<Float16>(float x) {
+  return __float2half(x);
+}
+
 // The smallest of its type, which stands for a token that is not there.
 template <class T>
-__device__ __forceinline__ T minus_infinity();
-template <>
-__device__ __forceinline__ float minus_infinity<float>() {
-  return -INFINITY;
-}
-template <>
-__device__ __forceinline__ BFloat16 minus_infinity<BFloat16>() {
-  return __float2bfloat16(-INFINITY);
-}
-template <>
-__device__ __forceinline__ Float16 minus_infinity<Float16>() {
-  return __float2half(-INFINITY);
+__device__ __forceinline__ T minus_infinity() {
+  return narrowed<T>(-INFINITY);
 }
 
 // 16 bytes as elements of T.

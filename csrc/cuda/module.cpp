@@ -1,27 +1,14 @@
 // diffusion_runtime._C_cuda: tensors are checked here, kernels take pointers and a stream.
 #include <optional>
 
-#include "row_setting.h"
-#include "sample_tokens.cuh"
+#include "bindings.h"
+#include "commit.cuh"
+#include "grid_setting.h"
 
 namespace py = pybind11;
 
 namespace diffusion_runtime {
 namespace {
-
-template <class T>
-PerRow<T> per_row(const char* name, const RowArgument<T>& argument, const TensorView& beside, std::int64_t rows) {
-  const RowSetting<T> setting = row_setting(name, argument, beside, rows);
-  return {setting.values, setting.value};
-}
-
-void check_words(const TensorView& allowed, const TensorView& logits, std::int64_t rows, std::int64_t words) {
-  check(allowed.device_type() == logits.device_type() && allowed.device_id() == logits.device_id(),
-        "allowed must be on the device of the logits");
-  check(allowed.ndim() == 2 && allowed.size(0) == rows && allowed.size(1) == words &&
-            (words == 1 || allowed.stride(1) == 1),
-        "allowed must be [", rows, ", ", words, "] with stride 1 along the words, got ", allowed.shape());
-}
 
 // The arguments of sample_tokens_cpu (csrc/cpu/sample_tokens.h), all on one GPU, which must be the current one, and
 //   workspace  [at least sample_tokens_workspace(rows, vocab, limited)] uint8, zeroed before its first use
@@ -42,7 +29,7 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
   check(rows < kLimit && vocab < kLimit, "sample_tokens: rows and vocab must be below 2^31, got ", logits.shape());
   if (masked) check_rows("masked", *masked, logits, rows);
   if (position) check_rows("position", *position, logits, rows);
-  if (allowed) check_words(*allowed, logits, rows, (vocab + 31) / 32);
+  if (allowed) check_matrix("allowed", *allowed, logits, rows, (vocab + 31) / 32);
   check_rows("ids", ids, logits, 2 * rows);
   check_rows("statistics", statistics, logits, 5 * rows);
 
@@ -79,6 +66,19 @@ void sample_tokens_cuda(const TensorView& logits, const std::optional<TensorView
   sample_tokens(arguments, reinterpret_cast<CUstream_st*>(stream));
 }
 
+void commit_step_cuda(const TensorView& masked, const std::optional<TensorView>& score, int rule,
+                      const std::optional<TensorView>& bound, double bound_value,
+                      const std::optional<TensorView>& tokens, const std::optional<TensorView>& candidates,
+                      std::int64_t vocab, const std::optional<TensorView>& seed, std::int64_t seed_value,
+                      const std::optional<TensorView>& position, const std::optional<TensorView>& step,
+                      std::int64_t step_value, const TensorView& commit_mask, const TensorView& after,
+                      std::uintptr_t stream) {
+  check(masked.is_cuda(), "commit_step: masked must be on a CUDA device");
+  commit_step(commit_step_of(masked, score, rule, bound, bound_value, tokens, candidates, vocab, seed, seed_value,
+                             position, step, step_value, commit_mask, after),
+              reinterpret_cast<CUstream_st*>(stream));
+}
+
 }  // namespace
 }  // namespace diffusion_runtime
 
@@ -91,4 +91,9 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
         py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),
         py::arg("min_p"), py::arg("restricted"), py::arg("ids"), py::arg("statistics"), py::arg("workspace"),
         py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def("commit_step", &diffusion_runtime::commit_step_cuda, py::arg("masked"), py::arg("score"), py::arg("rule"),
+        py::arg("bound"), py::arg("bound_value"), py::arg("tokens"), py::arg("candidates"), py::arg("vocab"),
+        py::arg("seed"), py::arg("seed_value"), py::arg("position"), py::arg("step"), py::arg("step_value"),
+        py::arg("commit_mask"), py::arg("after"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  diffusion_runtime::bind_head(m);
 }

@@ -146,10 +146,8 @@ __device__ __forceinline__ void read_chunk(const Row<T>& row, int chunk, bool hi
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = row.length(chunk);
   load_chunk(row, chunk, shared);
   __syncthreads();
-  if constexpr (kLimited) {
-    survey_tiles<kWarps>(row, chunk, hide, shared.logits, tile_keys);
-    __syncthreads();
-  }
+  // no barrier behind it: the vectors that a thread changes are those that it alone reads
+  if constexpr (kLimited) survey_tiles<kWarps>(row, chunk, hide, shared.logits, tile_keys);
   const float warp_max = max_over_warp(largest_of_thread(shared, length));
   if (lane == 0) shared.warp_max[warp] = warp_max;
   __syncthreads();

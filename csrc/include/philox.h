@@ -6,14 +6,16 @@
 // Inline everywhere, never one shared copy: the linker could keep the copy that was compiled for AVX-512.
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#define HOST_DEVICE_MEMBER __host__ __device__ __forceinline__
 #else
 #define HOST_DEVICE static inline __attribute__((always_inline, unused))
+#define HOST_DEVICE_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace diffusion_runtime {
 
 // What a draw is for; two kinds at one place and step are independent.
-enum DrawKind : uint32_t { kDrawToken = 0 };
+enum DrawKind : uint32_t { kDrawToken = 0, kDrawNoise = 2 };  // 1 is the order of positions, in torch only
 
 // Two independent numbers in [0, 1), each a multiple of 2^-53.
 struct Uniforms {

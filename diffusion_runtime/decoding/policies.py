@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import DRAW_ORDER, TokenSamples, philox_uniforms
+from diffusion_runtime.ops import DRAW_ORDER, TokenSamples, philox_uniforms, select_commits
 
 
 class Canvas(NamedTuple):
@@ -59,7 +58,7 @@ def low_confidence(samples: TokenSamples, canvas: Canvas) -> Tensor:
 def random(samples: TokenSamples, canvas: Canvas) -> Tensor:
     """LLaDA's ``random`` remasking: ``quota`` positions by keyed uniform noise."""
     del samples
-    return _highest(philox_uniforms(canvas.seed, canvas.position, canvas.step, DRAW_ORDER)[0], canvas)
+    return _highest(philox_uniforms(canvas.seed, canvas.position, canvas.step, DRAW_ORDER)[0].float(), canvas)
 
 
 def topk_margin(samples: TokenSamples, canvas: Canvas) -> Tensor:
@@ -77,14 +76,11 @@ def threshold(samples: TokenSamples, canvas: Canvas, *, threshold: float) -> Ten
 
     The most probable candidate of a row is always committed. The published code compares in float64, this in float32.
     """
-    best = _highest(samples.logprob, canvas._replace(quota=torch.ones_like(canvas.quota)))
-    return canvas.masked & (best | (samples.logprob.exp() >= threshold))
+    return select_commits(samples.logprob.exp(), canvas.masked, rule="threshold", bound=threshold)
 
 
 def _highest(score: Tensor, canvas: Canvas) -> Tensor:
-    order = score.masked_fill(~canvas.masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(-1)  # the inverse permutation
-    return canvas.masked & (rank < canvas.quota[:, None])
+    return select_commits(score, canvas.masked, rule="quota", bound=canvas.quota)
 
 
 POLICIES = {

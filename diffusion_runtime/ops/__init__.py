@@ -2,7 +2,8 @@
 
 from diffusion_runtime.ops import _library  # noqa: F401  registers the operators
 from diffusion_runtime.ops._attention import attention
-from diffusion_runtime.ops._philox import DRAW_ORDER, DRAW_TOKEN, philox_uniforms
+from diffusion_runtime.ops._commit import CommitStep, commit_step, commit_tokens, remask, renoise, select_commits
+from diffusion_runtime.ops._philox import DRAW_NOISE, DRAW_ORDER, DRAW_TOKEN, philox_uniforms
 from diffusion_runtime.ops._registry import BackendUnavailableError, available_backends, explain
 from diffusion_runtime.ops._restriction import pack_allowed, unpack_allowed
 from diffusion_runtime.ops._sample_from_hidden import sample_from_hidden
@@ -10,17 +11,24 @@ from diffusion_runtime.ops._sample_tokens import TokenSamples, sample_tokens
 from diffusion_runtime.ops._soft_embedding import soft_embedding, soft_embedding_from_hidden
 
 __all__ = [
+    "DRAW_NOISE",
     "DRAW_ORDER",
     "DRAW_TOKEN",
     "BackendUnavailableError",
+    "CommitStep",
     "TokenSamples",
     "attention",
     "available_backends",
+    "commit_step",
+    "commit_tokens",
     "explain",
     "pack_allowed",
     "philox_uniforms",
+    "remask",
+    "renoise",
     "sample_from_hidden",
     "sample_tokens",
+    "select_commits",
     "soft_embedding",
     "soft_embedding_from_hidden",
     "unpack_allowed",

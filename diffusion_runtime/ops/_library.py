@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _sample_from_hidden, _sample_tokens, _soft_embedding
+from diffusion_runtime.ops import _commit_backends, _sample_from_hidden, _sample_tokens, _soft_embedding
+from diffusion_runtime.ops._commit_reference import Problem, results
 from diffusion_runtime.ops._settings import from_operator
 
 # the arguments of read_settings' result, in the order of to_operator
@@ -38,6 +39,12 @@ def _sample_from_hidden_operator(
 def _results(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(rows.dtype, torch.float32)
     return rows.new_empty((2, count), dtype=torch.int64), rows.new_empty((5, count), dtype=dtype)
+
+
+def _commit_step_operator(*fields: Any) -> tuple[Tensor, Tensor]:
+    *values, backend = fields
+    problem = Problem.from_operator(tuple(values))
+    return _commit_backends.resolve(problem, backend)(problem)
 
 
 torch.library.define("diffusion_runtime::sample_tokens", f"(Tensor logits, {_SETTINGS}) -> (Tensor, Tensor)")
@@ -94,4 +101,15 @@ torch.library.impl(
 torch.library.register_fake(
     "diffusion_runtime::soft_embedding_from_hidden",
     lambda hidden, weight, bias, embedding, *_: _embedded(embedding, hidden.shape[0]),
+)
+# the fields of Problem, in the order of its to_operator
+torch.library.define(
+    "diffusion_runtime::commit_step",
+    "(Tensor masked, Tensor? score, int rule, Tensor? bound, float bound_value, Tensor? tokens, Tensor? candidates, "
+    "int vocab, Tensor? seed, int seed_value, Tensor? position, Tensor? step, int step_value, str backend) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.impl("diffusion_runtime::commit_step", "CompositeExplicitAutograd", _commit_step_operator)
+torch.library.register_fake(
+    "diffusion_runtime::commit_step", lambda *fields: results(Problem.from_operator(fields[:-1]))
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 DRAW_TOKEN = 0
 DRAW_ORDER = 1
+DRAW_NOISE = 2
 
 _LOW = 0xFFFFFFFF
 
@@ -22,7 +23,7 @@ def philox_uniforms(seed: Tensor | int, position: Tensor | int, step: Tensor | i
         seed: int64, read as 64 unsigned bits.
         position: int64; its low 32 bits count.
         step: int64; its low 32 bits count.
-        kind: what the draw is for (``DRAW_TOKEN``, ``DRAW_ORDER``); kinds are independent of each other.
+        kind: what the draw is for: ``DRAW_TOKEN``, ``DRAW_ORDER``, ``DRAW_NOISE``. Kinds are independent of each other.
 
     Returns:
         two float64 tensors of the broadcast shape of the arguments.

@@ -29,31 +29,39 @@ def float_setting(
     *,
     zero: bool = True,
     most: float = math.inf,
+    signed: bool = False,
+    flat: bool = True,
 ) -> Tensor | float:
-    """A finite number up to ``most``, positive or (if ``zero``) 0; float32 where it is a tensor.
+    """A finite number up to ``most``, positive or (if ``zero``) 0 or (if ``signed``) any; float32 where it is a tensor.
 
-    The values of a tensor are checked on the CPU only: elsewhere that would synchronise.
+    The values of a tensor are checked on the CPU only: elsewhere that would synchronise. A tensor comes back as
+    contiguous ``[rows]``, or if not ``flat`` as a view of the leading shape.
     """
     if isinstance(value, Tensor):
-        rows = _per_row(name, value, leading, device, torch.float32)
+        rows = (_per_row if flat else broadcast)(name, value, leading, device, torch.float32)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            valid = rows.isfinite() & ((rows >= 0) if zero else (rows > 0)) & (rows <= most)
+            valid = rows.isfinite() & (signed | ((rows >= 0) if zero else (rows > 0))) & (rows <= most)
             if not valid.all():
-                _raise(name, float(rows[~valid][0]), zero, most)
+                _raise(name, float(rows[~valid][0]), zero, most, signed)
         return rows
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero) or value > most:
-        _raise(name, value, zero, most)
+    if not math.isfinite(value) or (not signed and (value < 0 or (value == 0 and not zero))) or value > most:
+        _raise(name, value, zero, most, signed)
     return float(value)
 
 
-def int_setting(name: str, value: Tensor | int, leading: torch.Size, device: torch.device, bits: int) -> Tensor | int:
-    """An integer of at most ``bits`` bits (64: signed or unsigned, kept as signed), or an int64 tensor."""
+def int_setting(
+    name: str, value: Tensor | int, leading: torch.Size, device: torch.device, bits: int, *, flat: bool = True
+) -> Tensor | int:
+    """An integer of at most ``bits`` bits (64: signed or unsigned, kept as signed), or an int64 tensor.
+
+    ``flat`` as in :func:`float_setting`.
+    """
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {value.dtype}")
-        return _per_row(name, value, leading, device, torch.int64)
+        return (_per_row if flat else broadcast)(name, value, leading, device, torch.int64)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     low = -(2**63) if bits == 64 else 0
@@ -72,15 +80,20 @@ def mask_setting(name: str, value: Tensor | None, leading: torch.Size, device: t
 
 
 def _per_row(name: str, value: Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return broadcast(name, value, leading, device, dtype).reshape(-1).contiguous()
+
+
+def broadcast(name: str, value: Tensor, leading: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A view of the leading shape; a copy only if the dtype differs."""
     if value.device != device:
         raise ValueError(f"the rows are on {device}, but {name} is on {value.device}")
     try:
-        expanded = value.detach().expand(leading)
+        return value.detach().to(dtype).expand(leading)
     except RuntimeError:
         raise ValueError(f"{name} must broadcast to {tuple(leading)}, got {tuple(value.shape)}") from None
-    return expanded.to(dtype).reshape(-1).contiguous()
 
 
-def _raise(name: str, value: float, zero: bool, most: float) -> None:
+def _raise(name: str, value: float, zero: bool, most: float, signed: bool) -> None:
     expected = f"finite and {'at least' if zero else 'above'} 0" if most == math.inf else f"in [0, {most:g}]"
+    expected = "finite" if signed else expected
     raise ValueError(f"{name} must be {expected}, got {value}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cpp, _head_triton
+from diffusion_runtime.ops import _head_cpp, _head_cuda, _head_triton
 from diffusion_runtime.ops._products import head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_reference import sample_reference
@@ -155,6 +155,7 @@ SPEC = OpSpec(
     reference=_reference,
     validate=validate_head,
     implementations=(
+        Implementation("cuda", frozenset({"cuda"}), FLOATS, _head_cuda.load_sample_from_hidden),
         Implementation("cpp", frozenset({"cpu"}), FLOATS, _head_cpp.load_sample_from_hidden),
         Implementation("triton", triton_devices(), FLOATS, _head_triton.load_sample_from_hidden),
     ),

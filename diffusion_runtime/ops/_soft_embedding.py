@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops import _head_cpp, _head_triton
+from diffusion_runtime.ops import _head_cpp, _head_cuda, _head_triton
 from diffusion_runtime.ops._products import add_product, head_product
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._rows import Setting, as_rows, float_setting, mask_setting
@@ -121,7 +121,9 @@ def soft_embedding_from_hidden(
 
 
 MIN_TILE = 1024  # tokens
-MOST_PROBABILITIES = 1 << 20  # that exist at once: with a tile of 1024 tokens at least, small enough for a cache
+# that exist at once: on a CPU few enough for a cache, with a tile of 1024 tokens at least; on a GPU enough for products
+# that fill it, and 32 MB of bfloat16, which its second-level cache can hold until they are multiplied
+MOST_PROBABILITIES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 # logits [outer, inner, n], softmax with its logsumexp, out [rows, n] in float32, float16 or bfloat16, rows may be
 # strided: fills it with exp(y / temperature - logsumexp), and with 0 in rows that are not masked, which are not read
@@ -227,7 +229,8 @@ def _logsumexp(found: tuple[Tensor, Tensor], settings: Settings, device: torch.d
 def _accumulate(weigh: Weigh, logits_of: Callable[[slice], Tensor], embedding: Tensor, softmax: Softmax) -> Tensor:
     assert softmax.logsumexp is not None
     num_rows, (vocab, dim) = len(softmax.logsumexp), embedding.shape
-    size = max(MIN_TILE, MOST_PROBABILITIES // max(1, num_rows) // MIN_TILE * MIN_TILE)
+    most = MOST_PROBABILITIES.get(embedding.device.type, MOST_PROBABILITIES["cpu"])
+    size = max(MIN_TILE, most // max(1, num_rows) // MIN_TILE * MIN_TILE)
     # partial products are in the dtype of the embedding, their sum in float32 at least
     dtype = torch.promote_types(embedding.dtype, torch.float32)
     total = torch.zeros(num_rows, dim, dtype=dtype, device=embedding.device)
@@ -272,6 +275,7 @@ def _implementations(loop: Callable[[Weigh, str], Callable[..., Tensor]]) -> tup
         return Implementation(backend, devices, FLOATS, lambda: loop(load(), backend))
 
     return (
+        implementation("cuda", frozenset({"cuda"}), _head_cuda.load_weigh),
         implementation("cpp", frozenset({"cpu"}), _head_cpp.load_weigh),
         implementation("triton", triton_devices(), _head_triton.load_weigh),
     )

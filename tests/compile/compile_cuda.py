@@ -3,7 +3,8 @@
     python tests/compile/compile_cuda.py [name ...]     # only the files so named
 
 Fails where a kernel spills registers or keeps a stack frame: both mean that something sits in memory that was meant to
-sit in a register; and where it does not read its inputs by 16 bytes. Skipped only where there is no nvcc.
+sit in a register; where it does not read its inputs by 16 bytes; and where it lacks an instruction that it is built
+around (``OPCODES``). Skipped only where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -14,20 +15,32 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("80", "90a")  # as in setup.py
 
+# of inputs that nobody writes, by each way there is: a load, a copy to shared memory, a tile by the copy engine
+WIDE_LOAD = r"LDG\S*\.128\S*\.CONSTANT|LDGSTS\S*\.128|UTMALDG"
+# a kernel, by a word of its name: what its instructions must match, where that is not a wide load of its input
+OPCODES: dict[str, tuple[str, ...]] = {
+    # products by tensor cores; copies to shared memory that go past the registers, 16 bytes each
+    "head_parts_kernel": (r"HMMA\.16816\.F32(\.BF16)?", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128(\.ZFILL)?"),
+    # logits that another kernel has just written
+    "logit_parts_kernel": (r"LDG\.E\.(64|128)",),  # four tokens a lane
+    "weigh_kernel": (r"LDG\.E\.128",),
+    # some hundred positions: bytes do not matter there
+    "commit_step_kernel": (),
+    "choose_rows_kernel": (),
+}
+
 PTXAS = re.compile(
     r"Compiling entry function '(?P<entry>\S+)' for '(?P<target>\S+)'"
     r"|(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r"|Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
 )
-# of inputs that nobody writes, by each way there is: a load, a copy to shared memory, a tile by the copy engine
-WIDE_LOAD = re.compile(r"LDG\S*\.128\S*\.CONSTANT|LDGSTS\S*\.128|UTMALDG")
 SASS = re.compile(
     r"arch = (?P<target>sm_\w+)|Function : (?P<entry>\S+)|^\s+/\*[0-9a-f]+\*/\s+(?P<code>.*);", re.MULTILINE
 )
@@ -42,13 +55,13 @@ class Usage(NamedTuple):
     stack: int
     spills: int
     shared: int  # the static part
-    wide_loads: int  # instructions that read 16 bytes or more of an input
+    missing: tuple[str, ...]  # of the instructions that it must have
 
     @property
     def faults(self) -> str:
         found = [f"a stack frame of {self.stack} bytes"] if self.stack else []
         found += [f"{self.spills} bytes of spills"] if self.spills else []
-        found += [] if self.wide_loads else ["no 16-byte load of an input"]
+        found += [f"no {opcode}" for opcode in self.missing]
         return " and ".join(found)
 
 
@@ -89,18 +102,25 @@ def usages_of(nvcc: str, cuobjdump: str, source: Path) -> list[Usage]:
         if done.returncode:
             sys.exit(f"{source.name} does not compile\n{done.stdout}{done.stderr}")
         sass = subprocess.run([cuobjdump, "-sass", str(compiled)], capture_output=True, text=True, check=True).stdout
-    wide_loads = count_wide_loads(sass)
-    return [usage._replace(wide_loads=wide_loads[usage[:2]]) for usage in read_report(done.stdout + done.stderr)]
+    instructions = instructions_of(sass)
+    return [with_instructions(usage, instructions[usage[:2]]) for usage in read_report(done.stdout + done.stderr)]
 
 
-def count_wide_loads(sass: str) -> Counter[tuple[str, str]]:
+def instructions_of(sass: str) -> defaultdict[tuple[str, str], list[str]]:
     """By kernel and target."""
-    found: Counter[tuple[str, str]] = Counter()
+    found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     target, entry = "", ""
     for match in SASS.finditer(sass):
         target, entry = match["target"] or target, match["entry"] or entry
-        found[entry, target] += bool(match["code"] and WIDE_LOAD.search(match["code"]))
+        if match["code"]:
+            found[entry, target].append(match["code"])
     return found
+
+
+def with_instructions(usage: Usage, instructions: list[str]) -> Usage:
+    wanted = next((patterns for word, patterns in OPCODES.items() if word in usage.name), (WIDE_LOAD,))
+    missing = tuple(pattern for pattern in wanted if not any(re.search(pattern, code) for code in instructions))
+    return usage._replace(missing=missing)
 
 
 def read_report(report: str) -> list[Usage]:
@@ -114,7 +134,7 @@ def read_report(report: str) -> list[Usage]:
             stack += int(match["stack"])
             spills += int(match["stores"]) + int(match["loads"])
         else:
-            usages.append(Usage(name, target, int(match["registers"]), stack, spills, int(match["shared"] or 0), 0))
+            usages.append(Usage(name, target, int(match["registers"]), stack, spills, int(match["shared"] or 0), ()))
     return usages
 
 
@@ -136,7 +156,7 @@ def main(names: list[str]) -> None:
     if not sources:
         sys.exit(f"there is no .cu file in csrc/cuda{' so named' if names else ''}")
     cuobjdump = find_cuobjdump(nvcc)
-    numbers = f"{'registers':>9s} {'stack':>5s} {'spills':>6s} {'static shared':>13s} {'wide loads':>10s}"
+    numbers = f"{'registers':>9s} {'stack':>5s} {'spills':>6s} {'static shared':>13s}"
     print(f"{'kernel':64s} {'target':7s} {numbers}")
     faults = []
     for source in sources:
@@ -145,9 +165,7 @@ def main(names: list[str]) -> None:
             sys.exit(f"{source.name}: ptxas names no kernel")
         for usage in usages:
             title = f"{source.stem}: {readable(usage.name)}"
-            numbers = (
-                f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:13d} {usage.wide_loads:10d}"
-            )
+            numbers = f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:13d}"
             print(f"{title:64s} {usage.target:7s} {numbers}", flush=True)
             if usage.faults:
                 faults.append(f"{title}, {usage.target}: {usage.faults}")

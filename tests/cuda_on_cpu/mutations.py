@@ -21,9 +21,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILDS = {"plain": "-O1", "address": "-O1 -DQUICK -fsanitize=address", "thread": "-O1 -DQUICK -fsanitize=thread"}
 
-# of each kernel: the name of its test, and (file, what is broken, the text, what stands there instead)
+# of each kernel: (file, what is broken, the text, what stands there instead, the test if it is not the module's TEST)
 MODULES = [importlib.import_module(path.stem) for path in sorted(HERE.glob("mutations_*.py"))]
-MUTATIONS = [(module.TEST, *mutation) for module in MODULES for mutation in module.MUTATIONS]
+MUTATIONS = [
+    (mutation[4] if len(mutation) > 4 else module.TEST, *mutation[:4])
+    for module in MODULES
+    for mutation in module.MUTATIONS
+]
 
 SIGNS = (
     ("deadlock", "deadlock"),

@@ -2,7 +2,7 @@
 
 TEST = "restricted_draw"
 KERNEL, CUT = "csrc/cuda/restricted_draw.cu", "csrc/cuda/row_cut.cuh"
-TILES, CHUNK, ROW = "csrc/cuda/row_tiles.cuh", "csrc/cuda/row_chunk.cuh", "csrc/cuda/row.cuh"
+TILES, ROW = "csrc/cuda/row_tiles.cuh", "csrc/cuda/row.cuh"
 FIRST = "csrc/cuda/sample_tokens.cu"
 
 # file, what is broken, the text, what stands there instead
@@ -10,7 +10,6 @@ MUTATIONS = [
     (KERNEL, "nothing", "", ""),
     (ROW, "every row has the words of the first", "r * op.allowed_stride", "0 * op.allowed_stride"),
     (FIRST, "the first kernel draws what is not allowed", "may = may && (row", "may = may || (row"),
-    (CHUNK, "no barrier after the tiles' survey", "tile_keys);\n    __syncthreads();", "tile_keys);"),
     (TILES, "0 and -0 are two", "__float_as_uint(x + 0.0f)", "__float_as_uint(x)"),
     (TILES, "negative logits in reverse", "bits >> 31 ? ~bits : bits | 0x80000000u", "bits ^ 0x80000000u"),
     (TILES, "a span is read for its first tile only", "(kTilesOfSpan == 2 &&", "(kTilesOfSpan == 3 &&"),

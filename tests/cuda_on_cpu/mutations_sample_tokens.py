@@ -10,8 +10,8 @@ MUTATIONS = [
     (
         CHUNK,
         "no barrier after the chunk is loaded",
-        "shared);\n  __syncthreads();\n  if constexpr",
-        "shared);\n  if constexpr",
+        "shared);\n  __syncthreads();\n  // no barrier",
+        "shared);\n  // no barrier",
     ),
     (CHUNK, "no barrier before the warps' largest are read", "= warp_max;\n  __syncthreads();\n", "= warp_max;\n"),
     (CHUNK, "no barrier before the warps' sums are read", "= found;\n  __syncthreads();\n", "= found;\n"),

@@ -74,7 +74,9 @@ inline std::vector<float> make_row(int kind, int vocab, std::mt19937& random) {
     case 11:  // a NaN in a chunk of nothing else
       set(0, vocab, -INFINITY), x[0] = NAN, x[vocab / 2] = NAN, x[vocab - 1] = vocab > 2 ? 1 : NAN;
       break;
-    case 12: set(0, vocab, -0.75f); break;
+    case 12:  // 0 everywhere, of the other sign in every other tile
+      for (int i = 0; i < vocab; i++) x[i] = i / ops::kTile % 2 ? -0.0f : 0.0f;
+      break;
     case 13:  // few values, 0 with either sign
       for (float& value : x) value = std::copysign(std::floor(std::fabs(value)) / 2, value);
       break;

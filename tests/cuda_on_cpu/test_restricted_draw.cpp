@@ -35,7 +35,7 @@ const Limits kEverythingOnly = limits_of(Limits::per_row, "kpm", true);
 // The small cases: every kernel, in every mode.
 void test_modes() {
   for (const Limits& l : {kAllowed, kAllowedOnly, kCutsOnly, kEverything, kEverythingOnly})
-    check_limited<BFloat16>("bf16 [2, 17, 330]" + name_of(l), shape_of(2, 17, 330, 6), l, 2);
+    check_limited<BFloat16>("bf16 [3, 11, 330]" + name_of(l), shape_of(3, 11, 330, 6), l, 2);
   check_limited<float>("fp32 [1, 17, 1100], unaligned" + name_of(kCuts), shape_of(1, 17, kChunk + 76, 0, 1), kCuts, 2);
 #ifndef QUICK
   for (bool restricted : {false, true}) {

@@ -35,9 +35,11 @@ void for_each_schedule(int num_random, F run) {
 
 // What launches did since the last reset; a test may hold a kernel to it.
 struct Counters {
-  uint64_t barriers, collectives, atomics;
+  uint64_t barriers, collectives, atomics, async_copies, matrix_loads, matrix_load_conflicts, matrix_products;
 };
 inline Counters counters{};
+
+inline int num_multiprocessors = 3;  // what a launcher is told
 
 struct Place {  // a line of the kernel
   const char* file;
@@ -49,6 +51,11 @@ struct Place {  // a line of the kernel
 struct Block;
 struct Warp;
 using Fence = std::shared_ptr<Clock>;  // what a thread had done when it fenced
+
+struct AsyncCopy {
+  void* to;
+  const void* from;  // null: zeros
+};
 
 struct Fiber {
   WatchedStack stack;
@@ -68,6 +75,9 @@ struct Fiber {
   // its last fence, and those that others published where it has since done an atomic
   Fence fence;
   std::vector<Fence> seen;
+  // asynchronous copies issued and not yet performed, and where each committed group of them ends
+  std::vector<AsyncCopy> copies;
+  std::vector<size_t> groups;
 };
 
 struct Warp {

@@ -21,7 +21,7 @@ BOTH = ["soft_embedding", "soft_embedding_from_hidden"]
 @pytest.fixture(autouse=True)
 def _small_tiles():
     with (
-        patch.object(_head_cpp, "TILE_BYTES", 1),
+        patch.object(_head_cpp, "TILE_BYTES", {2: 1, 4: 1}),
         patch.object(_soft_embedding, "MOST_PROBABILITIES", {"cpu": 1, "cuda": 1}),
         patch.object(_soft_embedding, "MIN_TILE", 256),
     ):

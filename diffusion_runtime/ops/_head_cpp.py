@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from diffusion_runtime.ops._soft_embedding import Softmax, Weigh
 
 CHUNK = 2048  # tokens: kChunk of csrc/cpu/sample_row.h
-TILE_BYTES = 1 << 21  # of the logits of a tile, where it has more than a chunk
+# Of the logits of a tile, where it has more than a chunk, by the size of an element. Threads meet twice in each tile:
+# those of 16-bit floats, whose products take less time, are larger.
+TILE_BYTES = {2: 1 << 22, 4: 1 << 21}
 MOST_ROWS = 1024  # at once: what is kept takes 12 bytes a row for each 512 tokens, and a tile has a chunk at least
 
 
 def tiles(rows: int, vocab: int, element_size: int) -> Iterator[slice]:
     """The vocabulary in tiles of whole chunks. What is left joins the last one: products of few tokens round otherwise,
     and a row must not depend on how many there are."""
-    size = max(1, TILE_BYTES // (rows * element_size) // CHUNK) * CHUNK
+    size = max(1, TILE_BYTES[element_size] // (rows * element_size) // CHUNK) * CHUNK
     first = 0
     while first < vocab:
         last = first + size if vocab - first - size >= CHUNK else vocab

@@ -41,6 +41,16 @@ inline int num_multiprocessors() {
   return count;
 }
 
+// A vector at once, at a multiple of its alignment.
+template <class V>
+__device__ __forceinline__ V load_aligned(const void* from) {
+  return *static_cast<const V*>(from);
+}
+template <class V>
+__device__ __forceinline__ void store_aligned(void* to, const V& vector) {
+  *static_cast<V*>(to) = vector;
+}
+
 // 2^x within 2 ulp; 0 where that would not be a normal number
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
@@ -64,6 +74,18 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 }
 
 inline int num_multiprocessors() { return cuda_on_cpu::num_multiprocessors; }
+
+template <class V>
+V load_aligned(const void* from, CALLER) {
+  cuda_on_cpu::check_aligned(from, alignof(V), here);
+  V vector;
+  return std::memcpy(&vector, from, sizeof vector), vector;
+}
+template <class V>
+void store_aligned(void* to, const V& vector, CALLER) {
+  cuda_on_cpu::check_aligned(to, alignof(V), here);
+  std::memcpy(to, &vector, sizeof vector);
+}
 
 inline float fast_exp2(float x) { return x < -126.0f ? 0 : exp2f(x); }
 

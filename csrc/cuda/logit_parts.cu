@@ -16,8 +16,7 @@ struct alignas(kFour * sizeof(T)) Four {
 template <class T>
 __device__ __forceinline__ Four<T> load_four(const T* logits, int64_t count) {
   Four<T> loaded;
-  if (reinterpret_cast<uintptr_t>(logits) % sizeof(loaded) == 0 && count >= kFour)
-    return *reinterpret_cast<const Four<T>*>(logits);
+  if (reinterpret_cast<uintptr_t>(logits) % sizeof(loaded) == 0 && count >= kFour) return load_aligned<Four<T>>(logits);
 #pragma unroll
   for (int i = 0; i < kFour; ++i) loaded.element[i] = i < count ? logits[i] : minus_infinity<T>();
   return loaded;

@@ -19,7 +19,7 @@ __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_c
 
 template <class T>
 __device__ __forceinline__ Tokens<T> load(const T* from, int64_t count) {
-  if (count >= kTokensAtOnce && is_aligned(from)) return *reinterpret_cast<const Tokens<T>*>(from);
+  if (count >= kTokensAtOnce && is_aligned(from)) return load_aligned<Tokens<T>>(from);
   Tokens<T> tokens;
 #pragma unroll
   for (int i = 0; i < kTokensAtOnce; ++i) tokens.element[i] = i < count ? from[i] : minus_infinity<T>();
@@ -28,10 +28,7 @@ __device__ __forceinline__ Tokens<T> load(const T* from, int64_t count) {
 
 template <class T>
 __device__ __forceinline__ void save(T* to, const Tokens<T>& tokens, int64_t count) {
-  if (count >= kTokensAtOnce && is_aligned(to)) {
-    *reinterpret_cast<Tokens<T>*>(to) = tokens;
-    return;
-  }
+  if (count >= kTokensAtOnce && is_aligned(to)) return store_aligned(to, tokens);
 #pragma unroll
   for (int i = 0; i < kTokensAtOnce; ++i) {
     if (i < count) to[i] = tokens.element[i];
@@ -49,22 +46,24 @@ __global__ void __launch_bounds__(kWeighThreads) weigh_kernel(const __grid_const
   const bool masked = op.masked == nullptr || op.masked[r];
   const float inverse_temperature = finite_inverse(at(op.temperature, r)), logsumexp = masked ? op.logsumexp[r] : 0;
   const float inverse_softcap = finite_inverse(op.softcap);
+  const auto first_of = [](int round) {
+    return int64_t{blockIdx.y} * kTokensOfBlock + (round * kWeighThreads + int(threadIdx.x)) * kTokensAtOnce;
+  };
+  Tokens<Logit> loaded[kRounds] = {};
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int64_t first =
-        int64_t{blockIdx.y} * kTokensOfBlock + (round * kWeighThreads + int(threadIdx.x)) * kTokensAtOnce;
-    const int64_t count = op.count - first;
-    if (count <= 0) break;
-    Tokens<Probability> result = {};
-    if (masked) {
-      const Tokens<Logit> tokens = load(logits + first, count);
+    if (masked) loaded[round] = load(logits + first_of(round), op.count - first_of(round));
+  }
 #pragma unroll
-      for (int i = 0; i < kTokensAtOnce; ++i) {
-        const float y = softcapped(to_float(tokens.element[i]), op.softcap, inverse_softcap);
-        result.element[i] = narrowed<Probability>(fast_exp2((y * inverse_temperature - logsumexp) * kLog2e));
-      }
+  for (int round = 0; round < kRounds; ++round) {
+    Tokens<Probability> result = {};
+#pragma unroll
+    for (int i = 0; i < kTokensAtOnce; ++i) {
+      const float y = softcapped(to_float(loaded[round].element[i]), op.softcap, inverse_softcap);
+      const float probability = fast_exp2((y * inverse_temperature - logsumexp) * kLog2e);
+      if (masked) result.element[i] = narrowed<Probability>(probability);
     }
-    save(probabilities + first, result, count);
+    save(probabilities + first_of(round), result, op.count - first_of(round));
   }
 }
 

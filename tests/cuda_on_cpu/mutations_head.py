@@ -175,6 +175,8 @@ MUTATIONS = [
     (PARTS, "a row counts itself", "((1u << lane) - 1)", "((2u << lane) - 1)", "head"),
     (PARTS, "heads of float32 are taken", "op.type != LogitType::Float32 && aligned", "aligned", "head"),
     (PARTS, "weights at any address are taken", "aligned(op.weight) && ", "", "head"),
+    (PARTS, "hidden states at any address are taken", "aligned(op.hidden) && ", "", "head"),
+    (PARTS, "any stride of the weights is taken", " && op.weight_stride % 8 == 0;", ";", "head"),
     (
         PARTS,
         "sums of the block before are kept",

@@ -43,7 +43,7 @@ void test_sizes() {
     const std::string of = "bf16 [7, " + std::to_string(dim) + "] x [270, ..]";
     check_fused<BFloat16>(of.c_str(), shape_of(7, 270, dim), 4);
   }
-  check_fused<BFloat16>("bf16 [3, 8] x [17000, 8], many tiles", shape_of(3, 17000, 8), 1);
+  check_fused<BFloat16>("bf16 [12, 8] x [17000, 8], many tiles", shape_of(12, 17000, 8), 0);
 #endif
 }
 
@@ -109,18 +109,36 @@ void test_from_logits() {
   check_from_logits<BFloat16, BFloat16>("bf16 [24, 32] x [700, 32], bf16 logits", exact, 384, 4, 0, 2);
   exact.bias = true, exact.gap = 5, exact.offset = 3;  // the head is read by elements
   check_from_logits<Float16, Float16>("fp16 [24, 32] x [700, 32], unaligned head", exact, 128, 2, 1, 2);
+  Shape uneven = shape_of(6, 300, 10);
+  uneven.gap = 2;  // rows of the head begin at multiples of 16 bytes, but end elsewhere
+  check_from_logits<float, float>("fp32 [6, 10] x [300, 10], gaps", uneven, 512, 0, 0, 2);
+  uneven.dim = 32, uneven.gap = 1;  // only the first row begins there
+  check_from_logits<float, Float16>("fp16 [6, 32] x [300, 32], gaps", uneven, 512, 0, 0, 2);
   Shape masked = shape_of(70, 500, 8);
   masked.chosen = Chosen::some, masked.allowed = Allowed::one_for_all;
   check_from_logits<float, Float16>("fp16 [70, 8] x [500, 8], fp32 logits, masked", masked, 512, 0, 0, 1);
 #endif
-  for (int what : {0, 1, 2, 3, 4}) {
-    Shape shape = shape_of(2, 5, what == 0 ? 36 : 32);
-    shape.gap = what == 1 ? 4 : 0, shape.offset = what == 2 ? 4 : 0;
-    Problem<BFloat16> problem(shape);
-    ops::SampleFromHidden call = problem.call();
-    if (what == 3) call.type = ops::LogitType::Float32;
-    expect(ops::head_parts_takes(call) == (what == 4), "taken", [&] { return std::to_string(what); });
-  }
+}
+
+// Which heads the fused one takes.
+void test_takes() {
+  Shape shape = shape_of(2, 5, 40);
+  shape.gap = 8;
+  Problem<BFloat16> problem(shape);
+  const ops::SampleFromHidden good = problem.call();
+  const auto takes = [&](auto change) {
+    ops::SampleFromHidden call = good;
+    change(call);
+    return ops::head_parts_takes(call);
+  };
+  const auto two_bytes_on = [](const void* p) { return static_cast<const char*>(p) + 2; };
+  expect(ops::head_parts_takes(good), "takes", [] { return "a good head"; });
+  expect(!takes([](auto& c) { c.type = ops::LogitType::Float32; }), "takes", [] { return "float32"; });
+  expect(!takes([&](auto& c) { c.hidden = two_bytes_on(c.hidden); }), "takes", [] { return "hidden"; });
+  expect(!takes([&](auto& c) { c.weight = two_bytes_on(c.weight); }), "takes", [] { return "weight"; });
+  expect(!takes([](auto& c) { c.dim = 36; }), "takes", [] { return "dim"; });
+  expect(!takes([](auto& c) { c.hidden_stride = 44; }), "takes", [] { return "hidden_stride"; });
+  expect(!takes([](auto& c) { c.weight_stride = 44; }), "takes", [] { return "weight_stride"; });
 }
 
 void test_invariance() {
@@ -139,6 +157,7 @@ int main() {
   test_settings();
   test_nan_of_one_token();
   test_from_logits();
+  test_takes();
   test_invariance();
   std::printf("%d draws, %d of them within 1e-5 of a boundary\n", draws, draws_at_a_boundary);
   return finish("head");

@@ -151,7 +151,8 @@ def _launch_config(length: int) -> dict[str, int]:
     return {"BLOCK": min(most, triton.next_power_of_2(length))}
 
 
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+# without a limit of its own the assembler spills a few of its registers to fit more programs on a core
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": 255}
 
 
 def commit_step(

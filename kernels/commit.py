@@ -24,7 +24,7 @@ ENTROPY_BOUND = tl.constexpr(3)
 
 @triton.jit
 def _standing(masked_ptr, score_ptr, length, rule, place, score, BLOCK: tl.constexpr):
-    """How many masked positions come before each of ``place`` [BLOCK], and the sum of their scores in float64."""
+    """How many masked positions come before each of ``place`` [BLOCK], and the float64 sum of their entropies."""
     before = tl.full([BLOCK], 0, tl.int32)
     total = tl.full([BLOCK], 0, tl.float64)
     for first in range(0, length, BLOCK):
@@ -37,7 +37,8 @@ def _standing(masked_ptr, score_ptr, length, rule, place, score, BLOCK: tl.const
         ties = (a == b) | ((a != a) & (b != b))
         comes = counts[None, :] & (better | (ties & (other[None, :] < place[:, None])))
         before += tl.sum(comes.to(tl.int32), 1)
-        total += tl.sum(tl.where(comes, a.to(tl.float64), 0.0), 1)
+        # only entropies are summed: other scores may be infinite either way
+        total += tl.sum(tl.where(comes & (rule == ENTROPY_BOUND), a.to(tl.float64), 0.0), 1)
     return before, total
 
 
@@ -78,7 +79,8 @@ def _commit_step_kernel(
     last = 0
     if score_ptr is not None:
         scores = score_ptr + row * stride_score
-        bound_of_row = tl.full([BLOCK], bound, tl.float64)
+        # in float32 first, as scores are: the interpreter hands on a number as it is
+        bound_of_row = tl.full([BLOCK], bound, tl.float32).to(tl.float64)
         if bound_ptr is not None:
             bound_of_row = tl.full([BLOCK], 0, tl.float64) + tl.load(bound_ptr + row * stride_bound).to(tl.float64)
         if rule != QUOTA:

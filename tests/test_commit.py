@@ -89,6 +89,32 @@ def test_long_canvases(backend, rule, length):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("rule", "score", "bound", "expected"),
+    [
+        ("threshold", [0.9, 2.0, 0.8], 0.9, [True, True, False]),
+        ("entropy_bound", [0.1, 0.2, 0.9], 0.1, [True, True, False]),
+        # in float64 the sum of the first two is above the bound, in float32 it would be the bound
+        ("entropy_bound", [2.0**-24, 3.0, 4.0], 3.0, [True, True, False]),
+        ("quota", [-math.inf, math.inf, 0.0], 2, [False, True, True]),
+    ],
+)
+def test_bounds_and_sums_that_rounding_would_move(backend, rule, score, bound, expected):
+    score = torch.tensor([score])
+    for as_number_and_tensor in (bound, torch.tensor([bound])):
+        got = ops.select_commits(
+            **on(
+                backend,
+                score=score,
+                masked=torch.ones_like(score, dtype=torch.bool),
+                rule=rule,
+                bound=as_number_and_tensor,
+            )
+        )
+        assert got.cpu().tolist() == [expected]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 class TestSteps:
     def test_a_step_commits_and_renoises(self, backend):
         tokens, candidates = torch.arange(12).view(2, 6), 100 + torch.arange(12).view(2, 6)

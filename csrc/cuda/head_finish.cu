@@ -179,7 +179,7 @@ __device__ __forceinline__ RowSample finish_row(const SampleFromHidden& op, int6
   const TilePart best = largest_of_row(tiles, shared);
   const float top = best.part.top;
   const RowTotals totals = totals_of_row(tiles, top, row.scales, shared);
-  if (!has_distribution(best.part.max, totals.mass)) return {-1, -1, {NAN, NAN, NAN, NAN, NAN}};
+  if (!has_distribution(best.part.max, totals.mass)) return no_distribution();
 
   int token = best.argmax;
   float candidate = top;

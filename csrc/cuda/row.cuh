@@ -2,9 +2,7 @@
 // results.
 #pragma once
 
-#include "gpu_ops.h"
-#include "row_statistics.h"
-#include "sample_tokens.cuh"
+#include "row_ops.cuh"
 
 namespace diffusion_runtime {
 namespace {
@@ -19,27 +17,15 @@ constexpr int kChunk = SAMPLE_TOKENS_CHUNK;
 constexpr int kThreads = SAMPLE_TOKENS_THREADS;
 constexpr int kMaxRowBlocks = SAMPLE_TOKENS_ROW_BLOCKS;  // of one row: the limit of gridDim.y
 
-constexpr int kNone = 0x7FFFFFFF;  // comes after every token
-constexpr float kLowestExponent = -126.0f;
-
-struct alignas(16) ChunkPart {
-  RowPart part;
-  int argmax;  // lowest token with part.max; kNone if no token compares equal to it
-};
+using ChunkPart = FoundPart;
 
 template <class T>
-struct Row {
+struct Row : Reading {
   const T* logits;          // [vocab]
   const uint32_t* allowed;  // a bit for each token, or null: all are
   int vocab;
-  RowScales scales;
-  float inverse_softcap;
-  bool two_masses;  // the draw has a temperature of its own
 
   __device__ __forceinline__ int length(int chunk) const { return min(kChunk, vocab - chunk * kChunk); }
-  __device__ __forceinline__ float softcapped(float x) const {
-    return scales.softcap > 0 && x != -INFINITY ? scales.softcap * tanhf(x * inverse_softcap) : x;
-  }
   // One bit for each of the tokens from `token` up to the end of its word.
   __device__ __forceinline__ uint32_t allowed_from(int token) const {
     return allowed != nullptr ? __ldg(allowed + token / 32) >> token % 32 : ~0u;
@@ -49,29 +35,6 @@ struct Row {
     return token < vocab && (allowed_from(token) & 1) ? to_float(__ldg(logits + token)) : -INFINITY;
   }
 };
-
-template <class X, class Combine>
-__device__ __forceinline__ X over_warp(X x, const Combine& combine) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x = combine(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-template <class X>
-__device__ __forceinline__ X max_over_warp(X x) {
-  return over_warp(x, [](X a, X b) { return max(a, b); });
-}
-template <class X>
-__device__ __forceinline__ X sum_over_warp(X x) {
-  return over_warp(x, [](X a, X b) { return a + b; });
-}
-
-// (y - top) * scale: the difference first, because a product of two large numbers would round away what they differ by.
-__device__ __forceinline__ float exponent(float y, float top, float scale) { return (y - top) * scale; }
-
-template <class X>
-__device__ __forceinline__ X at(const PerRow<X>& setting, int64_t r) {
-  return setting.values != nullptr ? setting.values[r] : setting.value;
-}
 
 // Whether any row may be cut by the size of its logits.
 inline bool has_cuts(const SampleTokens& op) {
@@ -90,16 +53,11 @@ __device__ __forceinline__ bool draws_later(const SampleTokens& op, int64_t r) {
 template <class T>
 __device__ __forceinline__ Row<T> row_of(const SampleTokens& op, int64_t r) {
   const unsigned inner = unsigned(op.inner), outer_index = unsigned(r) / inner, inner_index = unsigned(r) % inner;
-  const float temperature = at(op.temperature, r);
   Row<T> row;
+  static_cast<Reading&>(row) = reading_of(op, r);
   row.logits = static_cast<const T*>(op.logits) + outer_index * op.outer_stride + inner_index * op.inner_stride;
   row.allowed = op.allowed != nullptr ? reinterpret_cast<const uint32_t*>(op.allowed) + r * op.allowed_stride : nullptr;
   row.vocab = int(op.vocab);
-  row.scales.statistics = scale_of_temperature(at(op.statistics_temperature, r));
-  row.scales.draw = temperature > 0 ? scale_of_temperature(temperature) : 0;
-  row.scales.softcap = op.softcap;
-  row.inverse_softcap = fminf(1 / op.softcap, 3.0e38f);  // finite, so that a logit of 0 stays 0
-  row.two_masses = row.scales.draw > 0 && row.scales.draw != row.scales.statistics;
   return row;
 }
 
@@ -109,24 +67,7 @@ __device__ __forceinline__ Uniforms uniforms_of(const SampleTokens& op, int64_t 
                          static_cast<uint32_t>(at(op.step, r)), kDrawToken);
 }
 
-struct RowSample {
-  int64_t token, argmax;
-  RowResult statistics;
-};
-
-__device__ __forceinline__ RowSample no_distribution() { return {-1, -1, {NAN, NAN, NAN, NAN, NAN}}; }
-
-__device__ __forceinline__ void store(const SampleTokens& op, int64_t r, const RowSample& sample) {
-  op.ids[r] = sample.token;
-  op.ids[op.rows + r] = sample.argmax;
-  const RowResult& s = sample.statistics;
-  const float values[] = {s.logprob, s.confidence, s.margin, s.entropy, s.logsumexp};
-#pragma unroll
-  for (int i = 0; i < 5; ++i) op.statistics[i * op.rows + r] = values[i];
-}
-
 __host__ __device__ __forceinline__ int chunks_of(int64_t vocab) { return int((vocab + kChunk - 1) / kChunk); }
-__host__ __device__ __forceinline__ int tiles_of(int64_t vocab) { return int((vocab + kTile - 1) / kTile); }
 __host__ __device__ __forceinline__ int64_t ticket_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
 
 // The workspace: a ticket for each row and the parts [rows, chunks]. Behind them, for restricted draws, the mass of

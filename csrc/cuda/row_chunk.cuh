@@ -126,18 +126,6 @@ __device__ __forceinline__ Sums sums_of_thread(const Row<T>& row, float top, int
   return sums;
 }
 
-// Takes in the largest logits of other tokens; the sums are left as they are.
-__device__ __forceinline__ void merge_largest(ChunkPart& into, const ChunkPart& other) {
-  RowPart& a = into.part;
-  const RowPart& b = other.part;
-  a.second = fmaxf(fminf(a.max, b.max), fmaxf(a.second, b.second));
-  if (b.max > a.max || (b.max == a.max && other.argmax < into.argmax)) {
-    a.max = b.max;
-    a.top = b.top;
-    into.argmax = other.argmax;
-  }
-}
-
 // What is known of a chunk, stored by thread 0. With tile_keys, those of the chunk's tiles as well; with `hide`, tokens
 // that are not allowed count as -inf.
 template <bool kLimited, class T>

@@ -11,22 +11,33 @@ namespace {
 constexpr int kNone = 0x7FFFFFFF;  // comes after every token
 constexpr float kLowestExponent = -126.0f;
 
+// What is known of some tokens of a row, and which of them is the best.
+struct alignas(16) FoundPart {
+  RowPart part;
+  int argmax;  // lowest token with part.max; kNone if no token compares equal to it
+};
+static_assert(sizeof(FoundPart) == 32, "one sector of memory");
+
+__host__ __device__ __forceinline__ int tiles_of(int64_t vocab) { return int((vocab + kTile - 1) / kTile); }
+
 template <class X>
 __device__ __forceinline__ X at(const PerRow<X>& setting, int64_t r) {
   return setting.values != nullptr ? setting.values[r] : setting.value;
 }
 
-__device__ __forceinline__ float max_over_warp(float x) {
+template <class X, class Combine>
+__device__ __forceinline__ X over_warp(X x, const Combine& combine) {
 #pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
+  for (int bit = 16; bit > 0; bit /= 2) x = combine(x, __shfl_xor_sync(~0u, x, bit));
   return x;
 }
-
+template <class X>
+__device__ __forceinline__ X max_over_warp(X x) {
+  return over_warp(x, [](X a, X b) { return max(a, b); });
+}
 template <class X>
 __device__ __forceinline__ X sum_over_warp(X x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x += __shfl_xor_sync(~0u, x, bit);
-  return x;
+  return over_warp(x, [](X a, X b) { return a + b; });
 }
 
 // (y - top) * scale: the difference first, because a product of two large numbers would round away what they differ by.
@@ -67,6 +78,8 @@ struct RowSample {
   RowResult statistics;
 };
 
+__device__ __forceinline__ RowSample no_distribution() { return {-1, -1, {NAN, NAN, NAN, NAN, NAN}}; }
+
 template <class Op>
 __device__ __forceinline__ void store(const Op& op, int64_t r, const RowSample& sample) {
   op.ids[r] = sample.token;
@@ -75,6 +88,18 @@ __device__ __forceinline__ void store(const Op& op, int64_t r, const RowSample& 
   const float values[] = {s.logprob, s.confidence, s.margin, s.entropy, s.logsumexp};
 #pragma unroll
   for (int i = 0; i < 5; ++i) op.statistics[i * op.rows + r] = values[i];
+}
+
+// Takes in the largest logits of other tokens; the sums are left as they are.
+__device__ __forceinline__ void merge_largest(FoundPart& into, const FoundPart& other) {
+  RowPart& a = into.part;
+  const RowPart& b = other.part;
+  a.second = fmaxf(fminf(a.max, b.max), fmaxf(a.second, b.second));
+  if (b.max > a.max || (b.max == a.max && other.argmax < into.argmax)) {
+    a.max = b.max;
+    a.top = b.top;
+    into.argmax = other.argmax;
+  }
 }
 
 }  // namespace

@@ -14,14 +14,9 @@ constexpr int kFours = kTile / kPartLanes / kFour;  // of a lane
 constexpr int kFourStride = kPartLanes * kFour;     // from one of them to the next
 static_assert(kFourStride == 32, "one word of `allowed` for each four of a lane");
 
-struct alignas(16) TilePart {
-  RowPart part;
-  int argmax;  // lowest token with part.max; kNone if no token compares equal to it
-};
-static_assert(sizeof(TilePart) == 32, "one sector of memory");
+using TilePart = FoundPart;
 
 // The workspace: the parts [rows, tiles]; then, where rows are chosen by `masked`, their number and their indices.
-__host__ __device__ __forceinline__ int tiles_of(int64_t vocab) { return int((vocab + kTile - 1) / kTile); }
 __host__ __device__ __forceinline__ TilePart* parts_of(const SampleFromHidden& op) {
   return static_cast<TilePart*>(op.workspace);
 }
@@ -88,18 +83,6 @@ __device__ __forceinline__ TilePart part_of_tile(const Reading& row, const float
   found.part.moment = over_part(moment, sum);
   found.part.draw_mass = over_part(row.two_masses ? draw_mass : mass, sum);
   return found;
-}
-
-// Takes in the largest logits of other tokens; the sums are left as they are.
-__device__ __forceinline__ void merge_largest(TilePart& into, const TilePart& other) {
-  RowPart& a = into.part;
-  const RowPart& b = other.part;
-  a.second = fmaxf(fminf(a.max, b.max), fmaxf(a.second, b.second));
-  if (b.max > a.max || (b.max == a.max && other.argmax < into.argmax)) {
-    a.max = b.max;
-    a.top = b.top;
-    into.argmax = other.argmax;
-  }
 }
 
 }  // namespace

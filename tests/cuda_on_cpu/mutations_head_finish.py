@@ -22,7 +22,7 @@ MUTATIONS = [
         "place = over_part(place == kNone ? -1 : place, [](int a, int b) { return a > b ? a : b; });",
         "head",
     ),
-    (TILE, "a tie of tiles goes to the later", "other.argmax < into.argmax", "other.argmax > into.argmax", "head"),
+    (ROW, "a tie of tiles goes to the later", "other.argmax < into.argmax", "other.argmax > into.argmax", "head"),
     (
         TILE,
         "the second is the largest",
@@ -31,7 +31,7 @@ MUTATIONS = [
         "head",
     ),
     (
-        TILE,
+        ROW,
         "second of merged tiles forgets the smaller largest",
         "fmaxf(fminf(a.max, b.max), fmaxf(a.second, b.second))",
         "fmaxf(a.second, b.second)",

@@ -2,6 +2,7 @@
 
 TEST = "sample_tokens"
 KERNEL, CHUNK, ROW = "csrc/cuda/sample_tokens.cu", "csrc/cuda/row_chunk.cuh", "csrc/cuda/row.cuh"
+OPS = "csrc/cuda/row_ops.cuh"
 STATISTICS, PHILOX = "csrc/include/row_statistics.h", "csrc/include/philox.h"
 
 # file, what is broken, the text, what stands there instead
@@ -41,8 +42,8 @@ MUTATIONS = [
         "if (blockIdx.y == 0 && threadIdx.x == 0) store",
         "if (threadIdx.x == kThreads) store",
     ),
-    (ROW, "the argmax is not stored", "  op.ids[op.rows + r] = sample.argmax;\n", ""),
-    (CHUNK, "a tie of chunks or warps goes to the later", "other.argmax < into.argmax", "other.argmax > into.argmax"),
+    (OPS, "the argmax is not stored", "  op.ids[op.rows + r] = sample.argmax;\n", ""),
+    (OPS, "a tie of chunks or warps goes to the later", "other.argmax < into.argmax", "other.argmax > into.argmax"),
     (
         CHUNK,
         "a tie of threads goes to the later",
@@ -52,7 +53,7 @@ MUTATIONS = [
     (CHUNK, "a tie of threads is not the second", "tie ? max : second", "second"),
     (CHUNK, "a thread's second is the largest of all", "if (x == max && first == kNone)", "if (x == max)"),
     (
-        CHUNK,
+        OPS,
         "second of merged parts forgets the smaller largest",
         "fmaxf(fminf(a.max, b.max), fmaxf(a.second, b.second))",
         "fmaxf(a.second, b.second)",
@@ -61,9 +62,9 @@ MUTATIONS = [
     (CHUNK, "rows are taken as aligned", "reinterpret_cast<uintptr_t>(logits) % 16 == 0", "true"),
     (CHUNK, "the last element is not read", "length - num_vectors * kSize);", "length - num_vectors * kSize - 1);"),
     (CHUNK, "the last vector is not filled up", "shared.logits[behind] = minus_infinity<T>();", ";"),
-    (ROW, "the product before the difference", "return (y - top) * scale;", "return y * scale - top * scale;"),
+    (OPS, "the product before the difference", "return (y - top) * scale;", "return y * scale - top * scale;"),
     (CHUNK, "the moment of -inf is not clamped", "fmaxf(z, kLowestExponent) * weight", "z * weight"),
-    (ROW, "-inf is softcapped", "scales.softcap > 0 && x != -INFINITY", "scales.softcap > 0"),
+    (OPS, "-inf is softcapped", "softcap > 0 && x != -INFINITY", "softcap > 0"),
     (
         CHUNK,
         "the draw at the statistics' temperature",
@@ -71,7 +72,7 @@ MUTATIONS = [
         "exponent(y[i], top, row.scales.statistics)",
     ),
     (
-        ROW,
+        OPS,
         "no second mass at all",
         "row.two_masses = row.scales.draw > 0 && row.scales.draw != row.scales.statistics",
         "row.two_masses = false",

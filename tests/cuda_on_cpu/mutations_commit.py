@@ -55,4 +55,14 @@ MUTATIONS = [
     (STEP, "the position is not used", "position.values != nullptr ? position.at(row, place) : place", "place"),
     (STEP, "one row's bound for all", "bounds[row * bound_stride]", "bounds[0]"),
     (STEP, "the batch stride is not used", "values[row * batch_stride +", "values["),
+    (KERNEL, "entropies are summed in float32", "double sum_before;", "float sum_before;"),
+    (RULES, "a factor in float32", "(1 - static_cast<double>(score))", "(1 - score)"),
+    (
+        RULES,
+        "-0 is ordered apart from 0",
+        "if (a == b ||",
+        "if (a == 0 && b == 0 && 1 / a != 1 / b) return 1 / a < 1 / b;\n  if (a == b ||",
+    ),
+    (STEP, "a batch stride is cut to 32 bits", "row * batch_stride +", "row * int(batch_stride) +"),
+    (STEP, "one step for a row", "step.at(row, place)", "step.at(row, 0)"),
 ]

@@ -4,6 +4,8 @@
 #include "../../csrc/cuda/commit.cu"
 #include "test_support.h"
 // after the two above
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -109,7 +111,75 @@ void check_case(const char* what, const Case& c, int num_random) {
   });
 }
 
+// One row of given scores, all masked: which positions are committed.
+void check_scores(const char* what, CommitRule rule, double bound, const std::vector<float>& scores,
+                  const std::vector<bool>& wanted) {
+  const int length = int(scores.size());
+  Buffer<float> score(length);
+  Buffer<bool> masked(length);
+  for (int i = 0; i < length; i++) score[i] = scores[i], masked[i] = true;
+  under_schedules(1, what, [&](const std::string& schedule) {
+    Buffer<bool> commit_mask(length);
+    ops::CommitStep s{};
+    s.batch = 1, s.length = length, s.rule = rule, s.bound_value = bound;
+    s.masked = {masked.data, length, 1, false}, s.score = {score.data, length, 1, 0};
+    s.commit_mask = commit_mask.data;
+    ops::commit_step(s, nullptr);
+    for (int i = 0; i < length; i++)
+      expect(commit_mask[i] == wanted[i], what, [&] { return schedule + ", place " + std::to_string(i); });
+  });
+}
+
+// What is lost where a sum, a difference or an order is taken in another way.
+void test_rounding() {
+  check_scores("entropies are summed in float64", CommitRule::EntropyBound, 3, {0x1p-24f, 3, 4}, {true, true, false});
+  // (1 + 1) * (1 - c) in float64 is just below 2, in float32 it is 2
+  check_scores("a factor is taken in float64", CommitRule::Factor, 3, {0x1p-26f, 0x1p-26f}, {true, true});
+  check_scores("-0 ties with 0", CommitRule::Quota, 3, {0, -0.0f, 0, -0.0f, 0}, {true, true, true, false, false});
+  check_scores("-0 ties with 0, entropies", CommitRule::EntropyBound, -1, {0, -0.0f}, {true, false});
+}
+
+// Rows more than 2^31 elements apart, in memory that is reserved but never touched in between; a step per position.
+void test_far_apart() {
+  const char* what = "rows far apart, a step for each position";
+  constexpr int kBatch = 2, kLength = 40;
+  const int64_t stride = (int64_t{1} << 32) + 5;
+  const size_t bytes = (stride + kLength) * sizeof(float);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) return void(std::printf("%s: no room for 17 GB of addresses\n", what));
+  float* const score = static_cast<float*>(memory);
+  Buffer<bool> masked(kBatch * kLength);
+  Buffer<int64_t> tokens(kBatch * kLength), step(kBatch * kLength);
+  for (int i = 0; i < kBatch * kLength; i++) {
+    masked[i] = true, tokens[i] = -5, step[i] = 3 * i;
+    score[i / kLength * stride + i % kLength] = i < kLength ? float(i) : float(-i);
+  }
+  under_schedules(1, what, [&](const std::string& schedule) {
+    Buffer<bool> commit_mask(kBatch * kLength);
+    Buffer<int64_t> after(kBatch * kLength);
+    ops::CommitStep s{};
+    s.batch = kBatch, s.length = kLength, s.rule = CommitRule::Quota, s.bound_value = 4, s.vocab = 1000;
+    s.masked = {masked.data, kLength, 1, false}, s.score = {score, stride, 1, 0};
+    s.tokens = {tokens.data, kLength, 1, 0}, s.candidates = {tokens.data, kLength, 1, 0};
+    s.step = {step.data, kLength, 1, 0}, s.seed = {nullptr, 0, 0, 7};
+    s.commit_mask = commit_mask.data, s.after = after.data;
+    ops::commit_step(s, nullptr);
+    for (int i = 0; i < kBatch * kLength; i++) {
+      const bool committed = i < kLength ? i >= kLength - 4 : i - kLength < 4;
+      const auto where = [&] { return schedule + ", " + std::to_string(i); };
+      const Philox words({uint32_t(i % kLength), uint32_t(step[i]), 2, 0}, 7, 0);
+      expect(commit_mask[i] == committed, what, where);
+      expect(after[i] == (committed ? -5 : int64_t(words.uniform(0) * 1000)), what, where);
+    }
+  });
+  munmap(memory, bytes);
+}
+
 int main() {
+  test_rounding();
+#ifndef QUICK
+  test_far_apart();
+#endif
   const CommitRule rules[] = {CommitRule::Quota, CommitRule::Threshold, CommitRule::Factor, CommitRule::EntropyBound};
   const double bounds[] = {5, 0.75, 4, 1.5};
   const char* names[] = {"quota", "threshold", "factor", "entropy bound"};

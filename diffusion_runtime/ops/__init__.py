@@ -1,7 +1,16 @@
 """Every op of the runtime. An op is a function; how it runs is its ``backend``."""
 
-from diffusion_runtime.ops import _library  # noqa: F401  registers the operators
+from diffusion_runtime.ops import _attention_library, _library  # noqa: F401  register the operators
 from diffusion_runtime.ops._attention import attention
+from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix
+from diffusion_runtime.ops._attention_masks import (
+    Bidirectional,
+    BlockCausal,
+    Causal,
+    PerSequence,
+    PrefixWindow,
+    SlidingWindow,
+)
 from diffusion_runtime.ops._commit import CommitStep, commit_step, commit_tokens, remask, renoise, select_commits
 from diffusion_runtime.ops._philox import DRAW_NOISE, DRAW_ORDER, DRAW_TOKEN, philox_uniforms
 from diffusion_runtime.ops._registry import BackendUnavailableError, available_backends, explain
@@ -15,7 +24,16 @@ __all__ = [
     "DRAW_ORDER",
     "DRAW_TOKEN",
     "BackendUnavailableError",
+    "Bidirectional",
+    "BlockCausal",
+    "Causal",
     "CommitStep",
+    "Packed",
+    "PagedPrefix",
+    "PerSequence",
+    "Prefix",
+    "PrefixWindow",
+    "SlidingWindow",
     "TokenSamples",
     "attention",
     "available_backends",

@@ -1,72 +1,99 @@
-"""Bidirectional attention: every query sees every key."""
+"""Bidirectional attention with grouped heads, two segments of keys and masks that are rules, not tensors."""
 
 from __future__ import annotations
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix, read_problem
+from diffusion_runtime.ops._attention_backends import run_attention
+from diffusion_runtime.ops._attention_masks import AttentionMask
 
 
+@overload
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
+    prefix: Prefix | PagedPrefix | None = ...,
+    mask: AttentionMask | Tensor | None = ...,
+    lengths: Tensor | tuple[Tensor, Tensor] | Packed | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_logsumexp: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    prefix: Prefix | PagedPrefix | None = ...,
+    mask: AttentionMask | Tensor | None = ...,
+    lengths: Tensor | tuple[Tensor, Tensor] | Packed | None = ...,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    return_logsumexp: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    prefix: Prefix | PagedPrefix | None = None,
+    mask: AttentionMask | Tensor | None = None,
+    lengths: Tensor | tuple[Tensor, Tensor] | Packed | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    return_logsumexp: bool = False,
     backend: str | None = None,
-) -> Tensor:
-    """Return ``softmax(scale * query @ key.T) @ value``, head by head, without a mask.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(softcap(scale * query @ keys.T) + mask) @ values``, head by head, for the keys that a query sees.
 
-    Products, softmax and sums are in float32 (float64 for float64 inputs); the result is rounded once, to the
-    dtype of ``query``. Differentiable.
+    Products, softmax and sums are in float32 (float64 for float64 inputs, reference only); the result is rounded once,
+    to the dtype of ``query``. A query that sees no key gives 0, and ``-inf`` as its logsumexp. Differentiable.
 
     Args:
         query: ``[batch, heads, length, head_dim]``, any strides.
         key: ``[batch, kv_heads, num_keys, head_dim]``; ``kv_heads`` divides ``heads`` and each key head serves
             ``heads / kv_heads`` consecutive query heads.
-        value: the shape of ``key``.
+        value: ``[batch, kv_heads, num_keys, value_dim]``.
+        prefix: keys and values before those of ``key``. They are never concatenated.
+        mask: what each query sees: an object (:class:`Bidirectional`, :class:`Causal`, :class:`BlockCausal`,
+            :class:`SlidingWindow`, :class:`PrefixWindow`, :class:`PerSequence`), or a tensor that broadcasts to
+            ``[batch, heads, length, num_keys]``: bool, True where a query sees a key, or float and added to the
+            scores. A tensor cannot be combined with ``prefix`` or :class:`Packed`.
+        lengths: how many keys of each sequence are real: ``[batch]`` integers; for left padding a pair
+            ``(starts, ends)`` of such tensors; or :class:`Packed`. None: all of them. Positions of masks count real
+            keys only, so padding changes nothing.
         scale: defaults to ``head_dim ** -0.5``.
-        backend: ``"reference"`` or None. The op has no other backend yet.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the mask.
+        return_logsumexp: also return the natural logarithm of each query's sum of exponentials.
+        backend: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None for the first that can run.
 
     Returns:
-        ``[batch, heads, length, head_dim]`` in the dtype of ``query``. With no keys at all: zeros.
+        ``[batch, heads, length, value_dim]`` in the dtype of ``query``, in memory as ``[batch, length, heads,
+        value_dim]``; with ``return_logsumexp`` also ``[batch, heads, length]`` float32.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or (on the CPU, where they can be read for nothing) lengths or
+            pages outside of what they index.
         TypeError: dtypes that differ or are not floating point.
         BackendUnavailableError: a named backend that cannot run this call.
     """
-    _validate(query, key, value)
-    run = SPEC.resolve(query.device.type, query.dtype, backend)
-    out: Tensor = run(query, key, value, scale=query.shape[-1] ** -0.5 if scale is None else scale)
-    return out
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query, key, value)
+    problem = read_problem(query, key, value, prefix, mask, lengths, scale, softcap)
+    out, logsumexp = run_attention(problem, backend)
+    return (out, logsumexp) if return_logsumexp else out
 
 
-def _validate(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype or not tensor.is_floating_point():
-            raise TypeError(f"query, key and value must share one floating-point dtype, got {name} {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"query is on {query.device}, but {name} is on {tensor.device}")
-    if key.shape != value.shape:
-        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
-    batch, heads, _, head_dim = query.shape
-    if (key.shape[0], key.shape[3]) != (batch, head_dim) or key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(
-            f"key must be [{batch}, a divisor of {heads}, num_keys, {head_dim}] to fit query, got {tuple(key.shape)}"
-        )
-
-
-def _reference(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    # [batch, kv_heads, group, length, head_dim] against [batch, kv_heads, 1, num_keys, head_dim]
-    grouped = query.to(wide).unflatten(1, (key.shape[1], -1))
-    scores = grouped @ key.to(wide).unsqueeze(2).transpose(-1, -2) * scale
-    out: Tensor = scores.softmax(-1) @ value.to(wide).unsqueeze(2)
-    return out.flatten(1, 2).to(query.dtype)
-
-
-SPEC = OpSpec(name="attention", reference=_reference, validate=_validate)
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does to torch's own attention: inputs of 32 bits or fewer in its dtype."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)

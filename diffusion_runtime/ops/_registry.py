@@ -36,6 +36,8 @@ class Implementation:
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     load: Callable[[], Callable[..., Any]]
+    refuses: Callable[[Any], str | None] | None = None
+    """The reason it cannot take this very call, or None; for :meth:`OpSpec.resolve_call`."""
 
     def rejects(self, device: str, dtype: torch.dtype) -> str | None:
         """The reason this implementation cannot take such an input, or None."""
@@ -70,10 +72,27 @@ class OpSpec:
             run = _RESOLVED[key] = _resolve(*key)
         return run
 
+    def resolve_call(self, device: str, dtype: torch.dtype, backend: str | None, call: Any) -> Callable[..., Any]:
+        """:meth:`resolve`, where more than the device and the dtype of a call decides who can take it."""
+        key = (self.name, device, dtype, backend or DEFAULT_BACKEND)
+        usable = _USABLE.get(key)
+        if usable is None:
+            usable = _USABLE[key] = _usable(*key)
+        reasons = []
+        for implementation, run in usable:
+            reason = None if implementation.refuses is None else implementation.refuses(call)
+            if reason is None:
+                return run
+            reasons.append(f"  {implementation.backend} {reason}")
+        if key[3] in ("auto", "reference"):
+            return self.reference
+        raise BackendUnavailableError(_cannot_run(self.name, key[3], reasons))
+
 
 REGISTRY: dict[str, OpSpec] = {}
 # a dict, not functools.cache, which torch.compile cannot trace
 _RESOLVED: dict[tuple[str, str, torch.dtype, str], Callable[..., Any]] = {}
+_USABLE: dict[tuple[str, str, torch.dtype, str], tuple[tuple[Implementation, Callable[..., Any]], ...]] = {}
 
 
 def _resolve(name: str, device: str, dtype: torch.dtype, backend: str) -> Callable[..., Any]:
@@ -98,8 +117,24 @@ def _resolve(name: str, device: str, dtype: torch.dtype, backend: str) -> Callab
         if not torch.compiler.is_compiling():
             logger.info("%s(%s, %s) -> reference\n%s", name, device, dtype, "\n".join(reasons))
         return spec.reference
+    raise BackendUnavailableError(_cannot_run(name, backend, reasons))
+
+
+def _usable(
+    name: str, device: str, dtype: torch.dtype, backend: str
+) -> tuple[tuple[Implementation, Callable[..., Any]], ...]:
+    """What may run such inputs, the preferred one first; raises where a named backend cannot run any."""
+    _resolve(name, device, dtype, backend)
+    return tuple(
+        (implementation, implementation.load())
+        for implementation in REGISTRY[name].implementations
+        if backend in ("auto", implementation.backend) and implementation.rejects(device, dtype) is None
+    )
+
+
+def _cannot_run(name: str, backend: str, reasons: list[str]) -> str:
     detail = "\n".join(reasons) or f"  {name} has no {backend} implementation"
-    raise BackendUnavailableError(f"{name}: backend {backend!r} cannot run this call:\n{detail}")
+    return f"{name}: backend {backend!r} cannot run this call:\n{detail}"
 
 
 def available_backends(name: str, device: str, dtype: torch.dtype) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class AttentionProblem:
         tensors = dict(zip(_BEFORE_VISIBLE, values[:count], strict=True))
         return cls(**tensors, max_length=max_length, visible=visible, scale=scale, softcap=softcap)
 
+    def for_kernel(self) -> AttentionProblem:
+        """The same with stride 1 along the last dimension of what a kernel reads; copies only what has another."""
+        names = [name for name in _VECTORS if (x := getattr(self, name)) is not None and x.stride(-1) != 1]
+        return replace(self, **{name: getattr(self, name).contiguous() for name in names}) if names else self
+
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Unwritten results: ``out``, laid out as torch's is, and ``logsumexp``."""
         batch, heads, length, _ = self.query.shape
@@ -74,3 +79,4 @@ class AttentionProblem:
 
 
 _BEFORE_VISIBLE = [field.name for field in fields(AttentionProblem)][:12]
+_VECTORS = ("query", "key", "value", "prefix_key", "prefix_value")

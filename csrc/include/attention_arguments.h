@@ -1,6 +1,8 @@
 // What an attention kernel is given: AttentionProblem of ops/_attention_problem.py, as pointers and sizes.
 #pragma once
 
+#include <stdint.h>
+
 #include "logit_type.h"
 #include "visible_keys.h"
 

@@ -23,6 +23,7 @@ class Comparison:
         peers: Calls that do the same work.
         limits: Calls that do a part of it which nobody can be faster than: a read of the input, a product alone.
         check: Raises WrongAnswerError where an answer of ours is wrong; called before anything is timed.
+        flop: Floating-point operations of one call, where they are what it is about.
     """
 
     group: str
@@ -31,6 +32,7 @@ class Comparison:
     peers: Mapping[str, Call]
     check: Callable[[], None]
     limits: Mapping[str, Call] = field(default_factory=dict)
+    flop: float = 0.0  # 0: not what matters
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Result:
     limits: tuple[str, ...]
     ms: dict[str, list[float]]
     peak_mb: dict[str, float | None]
+    flop: float
 
 
 def compare(comparisons: Iterable[Comparison], device: torch.device, rounds: int) -> Iterator[Result]:
@@ -66,6 +69,7 @@ def compare(comparisons: Iterable[Comparison], device: torch.device, rounds: int
             tuple(comparison.limits),
             {name: [round(sample, 5) for sample in samples] for name, samples in ms.items()},
             peak,
+            comparison.flop,
         )
 
 
@@ -87,6 +91,8 @@ def _lines(result: Result) -> Iterator[dict[str, str]]:
     for name in result.ours:
         mine = result.ms[name]
         line = {"case": result.case, "ours": name, "ms": number(Spread.of(mine))}
+        if result.flop:
+            line["TFLOP/s"] = significant(result.flop / Spread.of(mine).median / 1e9)
         for peer in result.peers:
             times, ms = ratio(result.ms[peer], mine), significant(Spread.of(result.ms[peer]).median)
             verdict = "no verdict" if times.holds(1) else f"{significant(times.median)}x"

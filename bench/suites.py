@@ -1,4 +1,4 @@
-"""What ``python -m bench --suite NAME`` compares: restricted draws, the fused head, soft embeddings, growth."""
+"""What ``python -m bench --suite NAME`` compares: restricted draws, the fused head, soft embeddings, attention."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import attention_suites
 from bench.check import SEED, WrongAnswerError
 from bench.comparison import Comparison
 from bench.peers import READS
@@ -84,7 +85,14 @@ def soft(device: torch.device) -> Iterator[Comparison]:
             )
 
 
-SUITES: dict[str, Suite] = {"restricted": restricted, "head": head, "soft": soft}
+SUITES: dict[str, Suite] = {
+    "restricted": restricted,
+    "head": head,
+    "soft": soft,
+    "square": attention_suites.square,
+    "canvas": attention_suites.canvas,
+    "prefill": attention_suites.prefill,
+}
 
 
 def _noise(rows: int, columns: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

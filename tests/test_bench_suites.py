@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench import growth, suites
+from bench import attention_suites, growth, suites
 from bench.__main__ import main
 from bench.comparison import Result, markdown
 from bench.growth import Point, fit
@@ -20,6 +21,11 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "RESTRICTED", (4, 600))
     monkeypatch.setattr(suites, "HEADS", ((5, 16, 300),))
     monkeypatch.setattr(suites, "SOFT", (5, 16, 300))
+    monkeypatch.setattr(attention_suites, "SQUARES", {"cpu": ((40, 2),)})
+    monkeypatch.setattr(attention_suites, "CANVASES", {"cpu": ((8, 30),)})
+    monkeypatch.setattr(attention_suites, "PREFILL", 70)
+    # compiling takes longer than all of this
+    monkeypatch.setattr(attention_suites, "_flex", lambda: lambda q, k, v, **_: sdpa(q, k, v, enable_gqa=True))
     monkeypatch.setattr(growth, "ROWS", (1, 3))
     monkeypatch.setattr(growth, "VOCAB", (50, 400))
 
@@ -50,9 +56,11 @@ def test_a_wrong_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_a_table_names_peers_limits_and_memory():
     ms = {"cpp": [1.0, 1.0], "eager": [8.0, 10.0], "read": [0.5, 0.5]}
-    result = Result("shape", "case", ("cpp",), ("eager",), ("read",), ms, {"cpp": 0.1, "eager": 33.0, "read": None})
+    result = Result(
+        "shape", "case", ("cpp",), ("eager",), ("read",), ms, {"cpp": 0.1, "eager": 33.0, "read": None}, 2e9
+    )
     text = markdown([result])
-    for part in ("### shape", "9.00 ms, 9.00x", "50%", "<0.5, 33"):
+    for part in ("### shape", "9.00 ms, 9.00x", "50%", "<0.5, 33", "| 2.00    |"):
         assert part in text
 
 

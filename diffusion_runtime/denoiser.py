@@ -123,7 +123,7 @@ class Denoiser:
                     break
                 samples = self._sample(tokens, block, canvas)
                 commit_mask = self.policy.rule(samples, canvas) & canvas.masked
-                committed = torch.where(commit_mask, samples.token, tokens[:, block])
+                committed = ops.commit_tokens(tokens[:, block], samples.token, commit_mask)
                 tokens = tokens.clone()  # the tensor of the previous Step stays as it was
                 tokens[:, block] = committed
                 yield Step(index, block, tokens, self._widen(commit_mask, block, tokens), samples)

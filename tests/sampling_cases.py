@@ -76,8 +76,9 @@ def build(case):
     return logits, arguments
 
 
-def at_a_cut(logits, arguments, got, expected):
-    """Whether rounding may decide the row: a token lies at the edge of a cut, or the uniform at that of a mass."""
+def at_a_cut(logits, arguments, expected):
+    """``[rows]``: whether rounding may decide what is cut of a row, because a token lies at the edge."""
+    decided = torch.zeros(len(logits), dtype=torch.bool)
     for change in (1e-4, -1e-4):
         nudged = dict(arguments)
         for name in ("top_p", "min_p"):
@@ -85,15 +86,13 @@ def at_a_cut(logits, arguments, got, expected):
             if value is not None:
                 nudged[name] = (torch.as_tensor(value) + change).clamp(0, 1) * torch.ones(len(logits))
         other = ops.sample_tokens(logits.double(), backend="reference", **nudged)
-        if not torch.equal(other.token, expected.token) or not torch.allclose(
-            other.logsumexp, expected.logsumexp, atol=1e-7
-        ):
-            return True
-    return False
+        same_sum = torch.isclose(other.logsumexp, expected.logsumexp, atol=1e-7, equal_nan=True)
+        decided |= (other.token != expected.token) | ~same_sum
+    return decided
 
 
 def at_an_edge_of_a_mass(logits, arguments, got, truth):
-    """Whether the uniforms of each row that differs lie where two roundings of a mass may part."""
+    """``[rows]``: whether the tokens differ, and the uniforms lie where two roundings of a mass may part."""
     x = logits.double()
     softcap = arguments["softcap"]
     y = softcapped(x, softcap or 0.0)
@@ -103,10 +102,11 @@ def at_an_edge_of_a_mass(logits, arguments, got, truth):
     )
     words = allowed_words(x.shape[:1], x.shape[1], x.device, arguments.get("allowed"), arguments.get("suppress"))
     keep = kept(x, y, temperature.double(), words, top_k, top_p.double(), min_p.double())
+    parted = torch.zeros(len(x), dtype=torch.bool)
     for r in (got.token != truth.token).nonzero()[:, 0].tolist():
         uniforms = ops.philox_uniforms(arguments["seed"], r, 0, ops.DRAW_TOKEN)
         tokens = {int(got.token[r]), int(truth.token[r])}
         row = y[r].masked_fill(~keep[r], -math.inf)
-        if not is_rounding_boundary(row, float(temperature[r]), (float(uniforms[0]), float(uniforms[1])), tokens):
-            return False
-    return True
+        both = (float(uniforms[0]), float(uniforms[1]))
+        parted[r] = is_rounding_boundary(row, float(temperature[r]), both, tokens)
+    return parted

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_draws import z_score
 
 from diffusion_runtime import ops
+from diffusion_runtime.ops._commit_reference import Problem
 
 BACKENDS = ["reference", "cpp", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 RULES = ["quota", "threshold", "factor", "entropy_bound"]
@@ -233,6 +234,21 @@ def test_compiles_without_a_graph_break():
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_is_an_operator_that_torch_accepts(backend):
+    canvas = Problem(
+        masked=torch.rand(2, 10) < 0.7,
+        score=torch.rand(2, 10),
+        rule=3,
+        bound=torch.tensor([0.5, 1.0]),
+        tokens=torch.arange(20).view(2, 10),
+        candidates=torch.arange(20).view(2, 10),
+        vocab=50,
+        seed=4,
+    )
+    torch.library.opcheck(torch.ops.diffusion_runtime.commit_step.default, (*canvas.to_operator(), backend))
+
+
 CANVAS = {
     "tokens": torch.zeros(2, 3, dtype=torch.int64),
     "candidates": torch.zeros(2, 3, dtype=torch.int64),
@@ -256,6 +272,9 @@ CANVAS = {
         ({"masked": torch.ones(2, 3)}, TypeError, "masked must be a bool tensor, got torch.float32"),
         ({"tokens": torch.zeros(2, 3)}, TypeError, "tokens must be an int64 tensor, got torch.float32"),
         ({"renoise_vocab": 5}, ValueError, "seed is needed to draw new tokens"),
+        ({"seed": 3}, ValueError, "renoise_vocab is None: none are drawn"),
+        ({"step": torch.ones(1, dtype=torch.int64)}, ValueError, "renoise_vocab is None: none are drawn"),
+        ({"position": torch.arange(3)}, ValueError, "renoise_vocab is None: none are drawn"),
         ({"renoise_vocab": 0, "seed": 1}, ValueError, r"renoise_vocab must be in \[1, 2\^31\), got 0"),
         ({"renoise_vocab": 5, "seed": 1.0}, TypeError, "seed must be an int or an int64 tensor, got float"),
         ({"backend": "cuda"}, ops.BackendUnavailableError, "cuda takes cuda tensors, got cpu"),

@@ -256,3 +256,18 @@ def test_rejects_inputs():
         Denoiser(lambda t: torch.zeros(2, 3, 7), mask_token_id=6).generate(prompt, max_new_tokens=2)
     with pytest.raises(ValueError, match=r"row \[0, 0\] of the logits holds NaN"):
         Denoiser(lambda t: torch.full((2, 5, 7), math.nan), mask_token_id=6).generate(prompt, max_new_tokens=2)
+
+
+def test_the_logits_of_the_model_stay_as_they_are():
+    given = []
+    model = random_llada()
+
+    def remembering(tokens):
+        logits = model(tokens)
+        given.append((logits, logits.clone()))
+        return logits
+
+    prompt = torch.randint(0, MASK, (2, 5))
+    Denoiser(remembering, mask_token_id=MASK, temperature=0.7).generate(prompt, max_new_tokens=4)
+    assert given
+    assert all(torch.equal(logits, before) for logits, before in given)

@@ -76,7 +76,7 @@ def commit_step(
     renoise_vocab: int | None = None,
     seed: Tensor | int | None = None,
     position: Tensor | None = None,
-    step: Tensor | int = 0,
+    step: Tensor | int | None = None,
     backend: str | None = None,
 ) -> CommitStep:
     """Pick positions as :func:`select_commits` does, and write their candidates.
@@ -90,8 +90,8 @@ def commit_step(
         candidates: ``[batch, length]`` int64.
         score, masked, rule, bound: as in :func:`select_commits`.
         renoise_vocab: new tokens are below it; in [1, 2^31). None: masked positions keep their token.
-        seed: as in :func:`renoise`; needed with ``renoise_vocab``. Without, seed, position and step count for nothing.
-        position, step: as in :func:`renoise`.
+        seed: as in :func:`renoise`; needed with ``renoise_vocab``, and like ``position`` and ``step`` refused without.
+        position, step: as in :func:`renoise`; None for the index along the length and for 0.
         backend: as in :func:`select_commits`.
 
     Returns:
@@ -105,7 +105,8 @@ def commit_step(
     _check("candidates", candidates, torch.int64, masked)
     if renoise_vocab is not None and seed is None:
         raise ValueError("seed is needed to draw new tokens: renoise_vocab is not None")
-    places = _places(masked, seed=0 if seed is None else seed, position=position, step=step)
+    if renoise_vocab is None and any(given is not None for given in (seed, position, step)):
+        raise ValueError("seed, position and step are those of new tokens, and renoise_vocab is None: none are drawn")
     problem = Problem(
         masked=_with_stride_1(masked),
         score=_with_stride_1(score.detach()),
@@ -115,6 +116,8 @@ def commit_step(
         candidates=_with_stride_1(candidates),
     )
     if renoise_vocab is not None:
+        assert seed is not None
+        places = _places(masked, seed=seed, position=position, step=0 if step is None else step)
         problem = problem._replace(vocab=_vocab("renoise_vocab", renoise_vocab), **places)
     commit_mask, after = run(problem, backend)
     return CommitStep(after, commit_mask)

@@ -57,12 +57,15 @@ def _words_without(ids: tuple[int, ...], num_words: int, device: torch.device) -
         return _pack_without(ids, num_words, device)
     key = (ids, num_words, device)
     if key not in _WORDS_WITHOUT:
+        if len(_WORDS_WITHOUT) >= _KEPT_WORDS:
+            _WORDS_WITHOUT.clear()
         _WORDS_WITHOUT[key] = _pack_without(*key)
     return _WORDS_WITHOUT[key]
 
 
 # a loop asks for the same ids at every step, and a copy to a GPU would synchronise
 _WORDS_WITHOUT: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
+_KEPT_WORDS = 64  # a loop has one set of ids; a caller who has another at every step must not fill the memory
 
 
 def _pack_without(ids: tuple[int, ...], num_words: int, device: torch.device) -> Tensor:

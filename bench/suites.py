@@ -19,8 +19,9 @@ from diffusion_runtime import ops
 
 DTYPES = (torch.float32, torch.bfloat16)
 RESTRICTED = (64, 131_072)  # rows, vocab
-HEADS = ((256, 1024, 262_144), (32, 4096, 126_464))  # rows, dim, vocab
+HEADS = ((256, 1024, 262_144), (64, 4096, 126_464), (32, 4096, 126_464))  # rows, dim, vocab
 SOFT = (256, 1024, 262_144)
+CANVASES = ((1, 64), (16, 256))  # batch, length
 Suite = Callable[[torch.device], Iterator[Comparison]]
 
 
@@ -60,7 +61,10 @@ def head(device: torch.device) -> Iterator[Comparison]:
                     "product + sample_tokens": lambda h=hidden, w=weight, s=settings: ops.sample_tokens(h @ w.T, **s),  # type: ignore[misc]
                 },
                 partial(_check_head, calls, hidden, weight, settings),
-                {"the product": lambda h=hidden, w=weight: h @ w.T},  # type: ignore[misc]
+                {
+                    "the product": lambda h=hidden, w=weight: h @ w.T,  # type: ignore[misc]
+                    "a read of the weight": partial(READS["amax of int32"], weight),
+                },
             )
 
 
@@ -85,10 +89,30 @@ def soft(device: torch.device) -> Iterator[Comparison]:
             )
 
 
+def commit(device: torch.device) -> Iterator[Comparison]:
+    """``commit_step`` by each rule, beside the sort and the sums that it replaces."""
+    for batch, length in CANVASES:
+        generator = torch.Generator(device).manual_seed(length)
+        score = torch.rand(batch, length, generator=generator, device=device)
+        masked = torch.rand(batch, length, generator=generator, device=device) < 0.8
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        for rule, bound in (("quota", 8), ("threshold", 0.9), ("entropy_bound", 0.5)):
+            step = partial(ops.commit_step, tokens, tokens + 1, score, masked, rule=rule, bound=bound)
+            calls = {name: partial(step, backend=name) for name in _backends("commit_step", device, torch.float32)}
+            yield Comparison(
+                f"A commit of [{batch}, {length}]",
+                rule,
+                calls,
+                {"eager torch": partial(_eager_commit, tokens, tokens + 1, score, masked, rule, bound)},
+                partial(_check_commit, calls, partial(step, backend="reference")),
+            )
+
+
 SUITES: dict[str, Suite] = {
     "restricted": restricted,
     "head": head,
     "soft": soft,
+    "commit": commit,
     "square": attention_suites.square,
     "canvas": attention_suites.canvas,
     "prefill": attention_suites.prefill,
@@ -131,6 +155,21 @@ def _eager_head(hidden: Tensor, weight: Tensor, draws: bool) -> tuple[Tensor, ..
     return token, confidence, entropy
 
 
+def _eager_commit(tokens: Tensor, candidates: Tensor, score: Tensor, masked: Tensor, rule: str, bound: float) -> Tensor:
+    if rule == "threshold":
+        ordered = score.masked_fill(~masked, -torch.inf)
+        chosen = (ordered >= bound) | (torch.arange(score.shape[1], device=score.device) == ordered.argmax(1)[:, None])
+    else:
+        last = -torch.inf if rule == "quota" else torch.inf
+        ordered, places = score.masked_fill(~masked, last).sort(dim=1, descending=rule == "quota", stable=True)
+        if rule == "quota":
+            kept = torch.arange(score.shape[1], device=score.device).expand_as(places) < bound
+        else:
+            kept = ordered.cumsum(1) - ordered <= bound
+        chosen = torch.zeros_like(masked).scatter(1, places, kept)
+    return torch.where(chosen & masked, candidates, tokens)
+
+
 def _eager_soft(logits: Tensor, embedding: Tensor) -> Tensor:
     return (logits / 0.7).softmax(-1).to(embedding.dtype) @ embedding
 
@@ -151,9 +190,20 @@ def _check_head(
     truth = ops.sample_tokens(logits, backend="reference", **settings)
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 3e-2
     for name, call in calls.items():
-        entropy = call().entropy[rows].cpu().double()
+        samples = call()
+        # products of 4 rows and of all round differently, so that two near logits may change places
+        behind = logits.amax(1) - logits.gather(1, samples.argmax[rows, None].cpu())[:, 0]
+        if (behind > tolerance * logits.abs().amax()).any():
+            raise WrongAnswerError(f"{name} is not timed, its best tokens are behind the best by {behind}")
+        entropy = samples.entropy[rows].cpu().double()
         if not torch.allclose(entropy, truth.entropy, rtol=tolerance, atol=tolerance):
             raise WrongAnswerError(f"{name} is not timed, entropy is {entropy}, in float64 {truth.entropy}")
+
+
+def _check_commit(calls: Mapping[str, Callable[[], ops.CommitStep]], truth: Callable[[], ops.CommitStep]) -> None:
+    for name, call in calls.items():
+        if not torch.equal(call().tokens, truth().tokens):
+            raise WrongAnswerError(f"{name} is not timed, it commits other tokens than the reference")
 
 
 def _check_soft(calls: Mapping[str, Callable[[], Tensor]], logits: Tensor, embedding: Tensor) -> None:

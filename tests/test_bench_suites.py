@@ -21,6 +21,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "RESTRICTED", (4, 600))
     monkeypatch.setattr(suites, "HEADS", ((5, 16, 300),))
     monkeypatch.setattr(suites, "SOFT", (5, 16, 300))
+    monkeypatch.setattr(suites, "CANVASES", ((2, 12),))
     monkeypatch.setattr(attention_suites, "SQUARES", {"cpu": ((40, 2),)})
     monkeypatch.setattr(attention_suites, "CANVASES", {"cpu": ((8, 30),)})
     monkeypatch.setattr(attention_suites, "PREFILL", 70)

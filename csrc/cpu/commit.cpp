@@ -13,25 +13,43 @@ struct Position {
   float score;
 };
 
+// Moves the positions that are committed to the front of `order` and returns how many they are.
+std::size_t choose(const CommitStep& s, std::int64_t row, std::vector<Position>& order) {
+  const auto before = [&](const Position& a, const Position& b) {
+    return comes_before(s.rule, a.score, a.place, b.score, b.place);
+  };
+  const double bound = s.bound(row);
+  const auto begin = order.begin(), end = order.end();
+  if (order.empty()) return 0;
+  if (s.rule == CommitRule::Quota) {  // which ones, not in what order
+    const auto count = static_cast<std::size_t>(std::min(bound, static_cast<double>(order.size())));
+    if (count < order.size()) std::nth_element(begin, begin + static_cast<std::ptrdiff_t>(count), end, before);
+    return count;
+  }
+  if (s.rule == CommitRule::Threshold) {
+    const auto rest =
+        std::partition(begin, end, [&](const Position& p) { return commit_holds(s.rule, bound, 0, p.score, 0); });
+    if (rest == begin) std::iter_swap(begin, std::min_element(begin, end, before));
+    return std::max<std::size_t>(1, static_cast<std::size_t>(rest - begin));
+  }
+  std::sort(begin, end, before);
+  std::int64_t last = 1, number = 0;
+  double sum = 0;
+  for (const Position& position : order) {
+    if (commit_holds(s.rule, bound, ++number, position.score, sum)) last = number;
+    sum += position.score;
+  }
+  return static_cast<std::size_t>(last);
+}
+
 void commit_row(const CommitStep& s, std::int64_t row, std::vector<Position>& order, std::vector<char>& committed) {
   order.clear();
   for (std::int64_t i = 0; i < s.length; ++i) {
     committed[static_cast<std::size_t>(i)] = 0;
     if (s.score.values != nullptr && s.masked.at(row, i)) order.push_back({i, s.score.at(row, i)});
   }
-  std::sort(order.begin(), order.end(), [&](const Position& a, const Position& b) {
-    return comes_before(s.rule, a.score, a.place, b.score, b.place);
-  });
-  const double bound = s.bound(row);
-  std::int64_t last = s.rule == CommitRule::Quota ? 0 : 1, number = 0;
-  double sum = 0;
-  for (const Position& position : order) {
-    if (commit_holds(s.rule, bound, ++number, position.score, sum)) last = std::max(last, number);
-    sum += position.score;
-  }
-  last = std::min(last, number);
-  for (std::int64_t i = 0; i < last; ++i)
-    committed[static_cast<std::size_t>(order[static_cast<std::size_t>(i)].place)] = 1;
+  const std::size_t count = choose(s, row, order);
+  for (std::size_t i = 0; i < count; ++i) committed[static_cast<std::size_t>(order[i].place)] = 1;
   for (std::int64_t i = 0; i < s.length; ++i) {
     const bool here = committed[static_cast<std::size_t>(i)] != 0;
     if (s.commit_mask != nullptr) s.commit_mask[row * s.length + i] = here;

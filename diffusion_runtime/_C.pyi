@@ -1,6 +1,32 @@
 from torch import Tensor
 
 def instruction_sets() -> list[str]: ...
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    prefix_lengths: Tensor | None,
+    page_table: Tensor | None,
+    mask: Tensor | None,
+    key_starts: Tensor | None,
+    key_ends: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    chosen: Tensor | None,
+    left: int,
+    right: int,
+    block: int,
+    prefix_window: int,
+    offset: int,
+    max_length: int,
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    logsumexp: Tensor,
+    instruction_set: str,
+) -> None: ...
 def sample_tokens(
     logits: Tensor,
     masked: Tensor | None,

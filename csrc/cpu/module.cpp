@@ -1,4 +1,5 @@
 // diffusion_runtime._C: one m.def per op, nothing else.
+#include "attention.h"
 #include "commit.h"
 #include "head.h"
 #include "instruction_set.h"
@@ -10,6 +11,12 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "C++ kernels for CPU tensors. Call them through diffusion_runtime.ops.";
   m.def("instruction_sets", &diffusion_runtime::instruction_sets, "Those that can run here, the fastest first.");
+  m.def("attention", &diffusion_runtime::attention_cpu, py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("prefix_key"), py::arg("prefix_value"), py::arg("prefix_lengths"), py::arg("page_table"),
+        py::arg("mask"), py::arg("key_starts"), py::arg("key_ends"), py::arg("cu_seqlens"), py::arg("cu_seqlens_k"),
+        py::arg("chosen"), py::arg("left"), py::arg("right"), py::arg("block"), py::arg("prefix_window"),
+        py::arg("offset"), py::arg("max_length"), py::arg("scale"), py::arg("softcap"), py::arg("out"),
+        py::arg("logsumexp"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
   m.def("sample_tokens", &diffusion_runtime::sample_tokens_cpu, py::arg("logits"), py::arg("masked"),
         py::arg("temperature"), py::arg("seed"), py::arg("position"), py::arg("step"),
         py::arg("statistics_temperature"), py::arg("softcap"), py::arg("allowed"), py::arg("top_k"), py::arg("top_p"),

@@ -78,6 +78,31 @@ inline int store_between(float* p, Vector a, Vector low, Vector high) {
   return __builtin_popcount(wanted);
 }
 
+inline void transpose(Vector* rows) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  // fours[i + j]: columns j, j + 4, j + 8 and j + 12 of rows i to i + 3
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even_low = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88);
+    const __m512 odd_low = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xDD);
+    const __m512 even_high = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xDD);
+    rows[j].v = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[j + 8].v = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
+    rows[j + 4].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[j + 12].v = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
+  }
+}
+
 inline float first_lane(Vector a) { return _mm512_cvtss_f32(a.v); }
 inline float reduce_add(Vector a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vector a) { return _mm512_reduce_max_ps(a.v); }

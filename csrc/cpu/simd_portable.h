@@ -121,6 +121,16 @@ inline int store_between(float* p, const Vector& a, const Vector& low, const Vec
   return count;
 }
 
+// rows[i] lane j becomes rows[j] lane i; kWidth rows
+inline void transpose(Vector* rows) {
+  for (int i = 0; i < Vector::kWidth; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = x;
+    }
+}
+
 inline float first_lane(const Vector& a) { return a.v[0]; }
 inline float reduce_add(const Vector& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
 inline float reduce_max(const Vector& a) {  // of numbers

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.ops._attention_backward import AttentionGradients, attention_backward_reference
+from diffusion_runtime.ops._attention_cpp import load_cpp
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 from diffusion_runtime.ops._attention_reference import attention_reference
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._registry import Implementation, OpSpec
+from diffusion_runtime.ops._sample_tokens import FLOATS
 
 Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]  # out, logsumexp, laid out as outputs() has them
 
@@ -49,5 +51,10 @@ def _torch_is_watching(problem: AttentionProblem) -> bool:
     return wanted or type(problem.query) is not Tensor
 
 
-SPEC = OpSpec(name="attention", reference=attention_reference, validate=lambda *_: None)
+SPEC = OpSpec(
+    name="attention",
+    reference=attention_reference,
+    validate=lambda *_: None,
+    implementations=(Implementation("cpp", frozenset({"cpu"}), FLOATS, load_cpp),),
+)
 SPEC_BACKWARD = OpSpec(name="attention_backward", reference=attention_backward_reference, validate=lambda *_: None)

@@ -37,9 +37,9 @@ float* scratch(std::int64_t floats) {
 
 // How many rows a tile has at most. What a row gets does not depend on it: it may follow the number of threads.
 int rows_of_tile(const AttentionArguments& a, std::int64_t all_rows) {
-  constexpr std::int64_t kFloats = 3 << 15;  // of queries and results: they stay in the second-level cache with a block
+  constexpr std::int64_t kFloats = 4 << 15;  // of queries and results: they stay in the second-level cache with a block
   constexpr std::int64_t kFewest = 24;       // fewer are not worth the packing of keys
-  constexpr std::int64_t kMost = 768;
+  constexpr std::int64_t kMost = 1024;
   std::int64_t rows = std::clamp<std::int64_t>(kFloats / (a.head_dim + a.value_dim), kFewest, kMost);
   if (threads() > 1) rows = std::min(rows, all_rows / (4 * threads()));
   return static_cast<int>(std::max(rows, kFewest));

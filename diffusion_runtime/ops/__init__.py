@@ -12,6 +12,7 @@ from diffusion_runtime.ops._attention_masks import (
     SlidingWindow,
 )
 from diffusion_runtime.ops._commit import CommitStep, commit_step, commit_tokens, remask, renoise, select_commits
+from diffusion_runtime.ops._merge_attention import merge_attention
 from diffusion_runtime.ops._philox import DRAW_NOISE, DRAW_ORDER, DRAW_TOKEN, philox_uniforms
 from diffusion_runtime.ops._registry import BackendUnavailableError, available_backends, explain
 from diffusion_runtime.ops._restriction import pack_allowed, unpack_allowed
@@ -40,6 +41,7 @@ __all__ = [
     "commit_step",
     "commit_tokens",
     "explain",
+    "merge_attention",
     "pack_allowed",
     "philox_uniforms",
     "remask",

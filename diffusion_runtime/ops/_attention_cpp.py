@@ -18,6 +18,7 @@ def load_cpp() -> Callable[[AttentionProblem], tuple[Tensor, Tensor]]:
 def run_cpp(problem: AttentionProblem, instruction_set: str) -> tuple[Tensor, Tensor]:
     from diffusion_runtime import _C
 
-    out, logsumexp = problem.outputs()
-    _C.attention(*problem.for_kernel().to_operator(), out, logsumexp, instruction_set)
-    return out, logsumexp
+    found = problem.outputs()
+    arguments = [*problem.for_kernel().to_operator(), *found, instruction_set]
+    _C.attention(*arguments)
+    return found

@@ -31,10 +31,14 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # logits that another kernel has just written
     "logit_parts_kernel": (r"LDG\.E\.(64|128)",),  # four tokens a lane
     "weigh_kernel": (r"LDG\.E\.128",),
+    # warpgroup products, tiles by the copy engine, registers that change hands
+    "attention_hopper_kernel": (r"HGMMA\.64x\d+x16\.F32(\.BF16)?", "UTMALDG", "USETMAXREG"),
     # some hundred positions: bytes do not matter there
     "commit_step_kernel": (),
     "choose_rows_kernel": (),
 }
+# the only target of a kernel, by a word of its name: compiled to nothing for the others
+ONLY = {"hopper": "sm_90a"}
 
 PTXAS = re.compile(
     r"Compiling entry function '(?P<entry>\S+)' for '(?P<target>\S+)'"
@@ -118,6 +122,8 @@ def instructions_of(sass: str) -> defaultdict[tuple[str, str], list[str]]:
 
 
 def with_instructions(usage: Usage, instructions: list[str]) -> Usage:
+    if any(word in usage.name and usage.target != target for word, target in ONLY.items()):
+        return usage
     wanted = next((patterns for word, patterns in OPCODES.items() if word in usage.name), (WIDE_LOAD,))
     missing = tuple(pattern for pattern in wanted if not any(re.search(pattern, code) for code in instructions))
     return usage._replace(missing=missing)

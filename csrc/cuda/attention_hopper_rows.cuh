@@ -1,0 +1,92 @@
+// The softmax of a warpgroup's rows: of the 64, a thread has two, and of their scores every fourth pair.
+#pragma once
+
+#include "attention_hopper_tile.cuh"
+#include "row_ops.cuh"
+
+namespace diffusion_runtime {
+
+struct HopperRows {
+  int row[2];        // of the sequence, ordered as the tile's are; may be past the last
+  KeyRange seen[2];  // by each
+  KeyRange all;      // by all 16 rows of the warp
+  float largest[2];  // score so far
+  float sum[2];      // of this thread's weights
+  float rescale[2];  // of what stands for the blocks before, at the last one
+
+  __device__ __forceinline__ void begin(const HopperProblem& p, const HopperTile& t, int warpgroup) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int first = t.first + warpgroup * kWarpgroupRows + warp * 16;
+    all = rows_range(p, t.s, min(first, t.rows - 1), min(first + 15, t.rows - 1)).all;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row[r] = first + lane / 4 + r * 8;
+      seen[r] = attention_range(p.a, t.s, min(row[r], t.rows - 1) / p.group);
+      largest[r] = -INFINITY, sum[r] = 0;
+    }
+  }
+
+  // Scores of keys that are not seen become -inf.
+  template <int kScores>
+  __device__ __forceinline__ void hide(float (&scores)[kScores], const HopperBlock& b) const {
+    const int end = b.position + b.count;
+    if (all.low <= b.position && end <= all.high && b.count == 2 * kScores) return;
+    const int first = b.position + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int low = seen[r].low - first, high = min(seen[r].high, end) - first;
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int column = i / 4 * 8 + j;
+          if (column < low || column >= high) scores[i + j] = -INFINITY;
+        }
+    }
+  }
+
+  // Scores become weights, relative to the largest score so far.
+  template <int kScores>
+  __device__ __forceinline__ void weigh(float (&scores)[kScores], const HopperProblem& p, const HopperBlock& b) {
+    if (p.a.softcap > 0) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) scores[i] = softcapped(scores[i], p.a.softcap, p.factor);
+    }
+    hide(scores, b);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float most = scores[2 * r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) most = fmaxf(fmaxf(most, scores[i]), scores[i + 1]);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+      most = fmaxf(most, fmaxf(largest[r], __shfl_xor_sync(~0u, most, 2)));
+      const float base = most == -INFINITY ? 0 : most, unit = p.unit * kLog2e;
+      rescale[r] = fast_exp2((largest[r] - base) * unit);
+      largest[r] = most;
+      sum[r] *= rescale[r];
+#pragma unroll
+      for (int i = 2 * r; i < kScores; i += 4) {
+        scores[i] = fast_exp2((scores[i] - base) * unit);
+        scores[i + 1] = fast_exp2((scores[i + 1] - base) * unit);
+        sum[r] += scores[i] + scores[i + 1];
+      }
+    }
+  }
+
+  template <int kSums>
+  __device__ __forceinline__ void rescale_sums(float (&sums)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] *= rescale[i / 2 % 2];
+  }
+
+  // Behind the last block: the sums of whole rows.
+  __device__ __forceinline__ void end() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    }
+  }
+};
+
+}  // namespace diffusion_runtime

@@ -1,0 +1,125 @@
+// How attention on Hopper is cut: tiles of query rows, blocks of keys, and what a block of threads shares.
+#pragma once
+
+#include "attention_arguments.h"
+#include "hopper_products.h"
+
+#ifndef ATTENTION_HOPPER_KEYS
+#define ATTENTION_HOPPER_KEYS(dim) ((dim) <= 128 ? 128 : 64)
+#endif
+
+namespace diffusion_runtime {
+
+constexpr int kWarpgroup = 128, kWarpgroupRows = 64, kPanel = 64;
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kTileRows = kConsumers * kWarpgroupRows;
+constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kStages = 2;
+// of a thread: 168 at the launch, 40 + 2 * 232 = 3 * 168
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+template <int kDim>
+struct HopperSizes {
+  static constexpr int kPanels = kDim / kPanel;
+  static constexpr int kKeys = ATTENTION_HOPPER_KEYS(kDim);  // of a block
+};
+
+// One operand, its columns in panels of 64.
+template <class T, int kDim, int kRows>
+struct Panels {
+  T at[kDim / kPanel][kRows * kPanel];
+};
+
+template <class T, int kDim>
+struct alignas(1024) HopperShared {
+  static constexpr int kKeys = HopperSizes<kDim>::kKeys;
+  Panels<T, kDim, kWarpgroupRows> query[kConsumers];
+  Panels<T, kDim, kKeys> key[kStages], value[kStages];
+  uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+  uint64_t landed;  // of a block of values whose end is overwritten before it is handed on
+};
+
+// Where keys or values come from. A dense source is as one page per sequence.
+struct HopperSource {
+  TensorMap map;
+  int page_size;              // rows of a page
+  int box_rows;               // of a copy; pages and blocks of keys are multiples of it
+  int head_step, batch_step;  // 0 where all heads, all sequences, have the same rows
+  const int32_t* page_table;  // null: dense
+  int max_pages;              // of a sequence in the table
+};
+
+// Everything a launch is given.
+struct HopperProblem {
+  HopperSource key, value, prefix_key, prefix_value;
+  AttentionArguments a;
+  int group;           // heads that share one of keys and values
+  int tiles;           // of a sequence and one such head
+  float factor;        // of the scores before what follows, if they are softcapped; 0 otherwise
+  float unit;          // the factor behind: scores times unit are nats
+  bool negated, zero;  // the queries: the scale's sign, or a scale of 0
+};
+
+// The rows of one block of threads: of a sequence and a head of keys, ordered by query and then by head of the group.
+struct HopperTile {
+  AttentionSequence s;
+  int sequence, kv_head;
+  int first, rows;                                         // the first row of the tile; the sequence has this many
+  int prefix_block, prefix_blocks, key_block, key_blocks;  // the first, and how many
+
+  __device__ __forceinline__ int blocks() const { return prefix_blocks + key_blocks; }
+};
+
+// Keys that stand beside each other: the block's row `row` of their segment is at `position`, and `count` are real.
+struct HopperBlock {
+  bool prefix;
+  int row, position, count;
+};
+
+// What rows [first, last] of a sequence see: some of them, and all of them. Bounds do not fall from query to query.
+struct RowsRange {
+  KeyRange some, all;
+};
+__device__ __forceinline__ RowsRange rows_range(const HopperProblem& p, const AttentionSequence& s, int first,
+                                                int last) {
+  const KeyRange a = attention_range(p.a, s, first / p.group), b = attention_range(p.a, s, last / p.group);
+  return {{a.low, b.high}, {b.low, a.high}};
+}
+
+// Tiles of one head stand beside each other, those that see the most keys first.
+template <int kKeys>
+__device__ __forceinline__ HopperTile hopper_tile(const HopperProblem& p, unsigned index) {
+  HopperTile t;
+  t.first = (p.tiles - 1 - int(index % unsigned(p.tiles))) * kTileRows;
+  const unsigned heads = index / unsigned(p.tiles);
+  t.kv_head = int(heads % unsigned(p.a.kv_heads));
+  t.sequence = int(heads / unsigned(p.a.kv_heads));
+  t.s = attention_sequence(p.a, t.sequence);
+  t.rows = t.s.num_queries * p.group;
+  t.prefix_block = t.prefix_blocks = t.key_block = t.key_blocks = 0;
+  if (t.first >= t.rows) return t;
+  const KeyRange seen = rows_range(p, t.s, t.first, min(t.first + kTileRows, t.rows) - 1).some;
+  const int prefix_end = min(seen.high, t.s.prefix), key_low = max(seen.low - t.s.prefix, 0);
+  const int key_end = seen.high - t.s.prefix;
+  if (prefix_end > seen.low) {
+    t.prefix_block = seen.low / kKeys;
+    t.prefix_blocks = (prefix_end + kKeys - 1) / kKeys - t.prefix_block;
+  }
+  if (key_end > key_low) {
+    t.key_block = key_low / kKeys;
+    t.key_blocks = (key_end + kKeys - 1) / kKeys - t.key_block;
+  }
+  return t;
+}
+
+template <int kKeys>
+__device__ __forceinline__ HopperBlock hopper_block(const HopperTile& t, int i) {
+  HopperBlock b;
+  b.prefix = i < t.prefix_blocks;
+  b.row = (b.prefix ? t.prefix_block + i : t.key_block + i - t.prefix_blocks) * kKeys;
+  b.position = b.prefix ? b.row : t.s.prefix + b.row;
+  b.count = min(kKeys, (b.prefix ? t.s.prefix : t.s.num_keys) - b.row);
+  return b;
+}
+
+}  // namespace diffusion_runtime

@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_rows(const HopperProblem& p, const HopperT
       *reinterpret_cast<uint32_t*>(to) = narrowed_pair<T>(sums[i] * inverse, sums[i + 1] * inverse);
     }
     if (lane % 4 == 0 && rows.row[r] < t.rows) {
-      const float nats = rows.largest[r] * p.unit + logf(rows.sum[r]);
+      const float nats = rows.largest[r] * float(kLn2) + logf(rows.sum[r]);
       p.a.logsumexp[element_of(t, p, int64_t{p.a.heads} * p.a.length, p.a.length, 1, rows.row[r])] =
           rows.sum[r] == 0 ? -INFINITY : nats;
     }
@@ -143,6 +143,7 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
     products_fence();
     begin_scores<T, kDim, kKeys>(scores, query, shared.key[stage]);
     barrier_wait(&shared.value_full[before], (i - 1) / kStages % 2);
+    products_fence();
     begin_sums<T, kDim, kKeys>(sums, weights, shared.value[before]);
     products_wait<1>();
     hand_back(&shared.key_empty[stage]);
@@ -254,7 +255,7 @@ void launch_for(const AttentionArguments& a, cudaStream_t stream) {
   p.negated = a.scale < 0, p.zero = a.scale == 0;
   const float size = p.zero ? 1 : fabsf(a.scale);
   p.factor = a.softcap > 0 ? size / a.softcap : 0;
-  p.unit = a.softcap > 0 ? 1 : size;
+  p.unit = (a.softcap > 0 ? 1 : size) * kLog2e;
   p.key = source(a, a.key, key_sizes(a), false, kKeys);
   p.value = source(a, a.value, key_sizes(a), false, kKeys);
   p.prefix_key = source(a, a.prefix_key, prefix_sizes(a), a.page_size > 0, kKeys);

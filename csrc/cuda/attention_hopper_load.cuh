@@ -18,6 +18,7 @@ __device__ __forceinline__ void ask_for(const HopperTile& t, const HopperBlock& 
   const int lane = threadIdx.x % 32, boxes = (b.count + from.box_rows - 1) / from.box_rows;
   if (lane == 0) barrier_arrive_expect(barrier, unsigned(boxes * from.box_rows * kDim * int(sizeof(T))));
   __syncwarp();
+#pragma unroll 1
   for (int i = lane; i < boxes * kPanels; i += 32) {
     const int panel = i % kPanels, box = i / kPanels * from.box_rows;
     int row = b.row + box, batch = b.prefix ? t.sequence : t.s.batch;
@@ -37,6 +38,7 @@ template <class T, int kDim, int kKeys>
 __device__ __forceinline__ void clear_end(Panels<T, kDim, kKeys>& values, int count) {
   constexpr int kChunks = 8;  // of 16 bytes in a row of a panel
   for (int panel = 0; panel < kDim / kPanel; ++panel)
+#pragma unroll 1
     for (int i = count * kChunks + int(threadIdx.x % 32); i < kKeys * kChunks; i += 32)
       store_operand(values.at[panel] + i * (kPanel / kChunks), uint4{0, 0, 0, 0});
   async_proxy_fence();

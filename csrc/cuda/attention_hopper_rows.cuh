@@ -10,7 +10,7 @@ struct HopperRows {
   int row[2];        // of the sequence, ordered as the tile's are; may be past the last
   KeyRange seen[2];  // by each
   KeyRange all;      // by all 16 rows of the warp
-  float largest[2];  // score so far
+  float largest[2];  // score so far, times unit
   float sum[2];      // of this thread's weights
   float rescale[2];  // of what stands for the blocks before, at the last one
 
@@ -45,7 +45,8 @@ struct HopperRows {
     }
   }
 
-  // Scores become weights, relative to the largest score so far.
+  // Scores become weights, relative to the largest score so far: as all of a row's are relative to one number, it
+  // does not matter that this number is rounded.
   template <int kScores>
   __device__ __forceinline__ void weigh(float (&scores)[kScores], const HopperProblem& p, const HopperBlock& b) {
     if (p.a.softcap > 0) {
@@ -59,15 +60,16 @@ struct HopperRows {
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) most = fmaxf(fmaxf(most, scores[i]), scores[i + 1]);
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, fmaxf(largest[r], __shfl_xor_sync(~0u, most, 2)));
-      const float base = most == -INFINITY ? 0 : most, unit = p.unit * kLog2e;
-      rescale[r] = fast_exp2((largest[r] - base) * unit);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      most = fmaxf(largest[r], most * p.unit);
+      const float base = most == -INFINITY ? 0 : most;
+      rescale[r] = fast_exp2(largest[r] - base);
       largest[r] = most;
       sum[r] *= rescale[r];
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) {
-        scores[i] = fast_exp2((scores[i] - base) * unit);
-        scores[i + 1] = fast_exp2((scores[i + 1] - base) * unit);
+        scores[i] = fast_exp2(fmaf(scores[i], p.unit, -base));
+        scores[i + 1] = fast_exp2(fmaf(scores[i + 1], p.unit, -base));
         sum[r] += scores[i] + scores[i + 1];
       }
     }

@@ -56,7 +56,7 @@ struct HopperProblem {
   int group;           // heads that share one of keys and values
   int tiles;           // of a sequence and one such head
   float factor;        // of the scores before what follows, if they are softcapped; 0 otherwise
-  float unit;          // the factor behind: scores times unit are nats
+  float unit;          // the factor behind: 2 to the scores times unit are weights
   bool negated, zero;  // the queries: the scale's sign, or a scale of 0
 };
 

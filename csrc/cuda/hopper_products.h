@@ -197,6 +197,8 @@ inline void perform(Product& p, float* sums) {
   if (p.columns) {
     if (std::memcmp(p.held, p.registers, sizeof p.held)) fail(p.here, "an operand was changed before the wait");
   } else {
+    // which of a's rows a warp reads, nobody promises: the thread sanitizer sees all
+    for (int other = 0; watches_threads && other < 4; other++) read_row(p, p.a, other * 16 + lane % 16, p.row[0]);
     for (int r = 0; r < 2; r++) read_row(p, p.a, warp * 16 + lane / 4 + r * 8, p.row[r]);
   }
   for (int i = 0; i < p.count; i += 4) {

@@ -1,0 +1,140 @@
+"""What is broken in attention on Hopper, one place at a time: (file, what, the text, what stands there instead)."""
+
+from __future__ import annotations
+
+TEST = "attention_hopper"
+KERNEL, TILE = "csrc/cuda/attention_hopper.cu", "csrc/cuda/attention_hopper_tile.cuh"
+LOAD, ROWS = "csrc/cuda/attention_hopper_load.cuh", "csrc/cuda/attention_hopper_rows.cuh"
+OPS, PRODUCTS = "csrc/cuda/hopper_ops.h", "csrc/cuda/hopper_products.h"
+
+MUTATIONS = [
+    (KERNEL, "nothing", "", ""),
+    # ordering
+    (KERNEL, "no barrier after the barriers' init", "  __syncthreads();\n", ""),
+    (
+        KERNEL,
+        "queries are multiplied before all are stored",
+        "(p, t, warpgroup);\n  numbered_barrier(1",
+        "(p, t, warpgroup);\n  (void)(1",
+    ),
+    (
+        KERNEL,
+        "queries without a fence",
+        "    store_operand(chunk_of(to, r, chunk), bytes);\n  }\n  async_proxy_fence();",
+        "    store_operand(chunk_of(to, r, chunk), bytes);\n  }",
+    ),
+    (
+        KERNEL,
+        "results over queries that others multiply",
+        "  numbered_barrier(1 + warpgroup, kWarpgroup);  // all",
+        "  // all",
+    ),
+    (KERNEL, "results are read before all are stored", "  __syncwarp();\n  T* const out", "  T* const out"),
+    (KERNEL, "the scores are not waited for", "products_wait<1>", "products_wait<2>"),
+    (KERNEL, "a key stage is never handed back", "    hand_back(&shared.key_empty[stage]);\n", ""),
+    (
+        KERNEL,
+        "a value stage is handed back too early",
+        "    products_wait<1>();\n",
+        "    products_wait<1>();\n    hand_back(&shared.value_empty[before]);\n",
+    ),
+    (
+        KERNEL,
+        "a warp hands back while lanes multiply",
+        "  __syncwarp();\n  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);",
+        "  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);",
+    ),
+    (
+        KERNEL,
+        "weights change while they are multiplied",
+        "    products_wait<0>();\n    hand_back(&shared.value_empty[before]);\n    rows.rescale_sums(sums);\n    narrow<T, kKeys>(weights, scores);",
+        "    narrow<T, kKeys>(weights, scores);\n    products_wait<0>();\n    hand_back(&shared.value_empty[before]);\n    rows.rescale_sums(sums);",
+    ),
+    (
+        KERNEL,
+        "no products_fence",
+        "    products_fence();\n    begin_scores<T, kDim, kKeys>(scores, query, shared.key[stage]);",
+        "    begin_scores<T, kDim, kKeys>(scores, query, shared.key[stage]);",
+    ),
+    (
+        KERNEL,
+        "warpgroups without rows are waited for",
+        "barrier_init(&shared.key_empty[s], warpgroups * 4)",
+        "barrier_init(&shared.key_empty[s], kConsumers * 4)",
+    ),
+    (
+        KERNEL,
+        "the parity of a value stage",
+        "barrier_wait(&shared.value_full[before], (i - 1) / kStages % 2)",
+        "barrier_wait(&shared.value_full[before], i / kStages % 2)",
+    ),
+    (LOAD, "a key stage is not waited for", "      barrier_wait(&shared.key_empty[stage], i / kStages % 2 ^ 1);\n", ""),
+    (LOAD, "values are asked for before their keys", "if (i == 0) continue;", "if (i < 2) continue;"),
+    (LOAD, "the end is cleared before the values came", "    barrier_wait(&shared.landed, cleared++ % 2);\n", ""),
+    (LOAD, "one lane clears before others have", "    __syncwarp();\n    if (threadIdx.x", "    if (threadIdx.x"),
+    (LOAD, "the second end is not waited for", "cleared++ % 2", "0 * cleared++ % 2"),
+    (LOAD, "the cleared end without a fence", "  async_proxy_fence();\n", ""),
+    (LOAD, "bytes of rows that are there", "unsigned(boxes * from.box_rows *", "unsigned(b.count *"),
+    # what is read
+    (LOAD, "values behind the end are kept", "const bool whole = b.count == kKeys", "const bool whole = true"),
+    (LOAD, "the last real value is cleared", "int i = count * kChunks", "int i = (count - 1) * kChunks"),
+    (LOAD, "only the first panel's end is cleared", "panel < kDim / kPanel; ++panel", "panel < 1; ++panel"),
+    (LOAD, "keys from the first row, padding or not", "row += t.s.first_key", "row += 0"),
+    (LOAD, "the page table of the first sequence", "int64_t{t.sequence} * from.max_pages", "0"),
+    (LOAD, "the row of a page", "row -= page * from.page_size", "row -= 0"),
+    (LOAD, "a box of the wrong panel", "panel * kPanel, row, t.kv_head", "0, row, t.kv_head"),
+    (LOAD, "keys of the first head", "t.kv_head * from.head_step", "0"),
+    (
+        KERNEL,
+        "boxes that cross pages",
+        "s.box_rows = paged ? common_divisor(s.page_size, keys) : keys",
+        "s.box_rows = keys",
+    ),
+    (KERNEL, "the queries of the first head", "(t.kv_head * p.group + member) * head", "(t.kv_head * p.group) * head"),
+    (KERNEL, "the queries of the first sequence", "(t.s.first_query + query) * row_stride", "query * row_stride"),
+    (KERNEL, "no swizzle of the queries", "(chunk % kChunks ^ row % kChunks)", "(chunk % kChunks)"),
+    (KERNEL, "queries behind the last are read", "first + r < t.rows && !p.zero", "!p.zero"),
+    (KERNEL, "a scale of 0 keeps the queries", "first + r < t.rows && !p.zero", "first + r < t.rows"),
+    (KERNEL, "the sign of the scale is lost", "p.negated = a.scale < 0", "p.negated = false"),
+    (KERNEL, "every stride is taken", "stride % 8 == 0 && stride >= 0", "stride >= 0"),
+    (KERNEL, "every value_dim is taken", "a.value_dim == a.head_dim", "true"),
+    # arithmetic
+    (
+        KERNEL,
+        "the second panel of keys is the first",
+        "rows_operand(key.at[k / kPanel] + k % kPanel)",
+        "rows_operand(key.at[0] + k % kPanel)",
+    ),
+    (KERNEL, "scores add to those before", "multiply_rows<false, T>", "multiply_rows<true, T>"),
+    (KERNEL, "rows of values out of step", "value.at[0] + k * 16 * kPanel", "value.at[0] + k * 8 * kPanel"),
+    (KERNEL, "panels of values too near", "kPanel, sizeof value.at[0])", "kPanel, sizeof value.at[0] / 2)"),
+    (KERNEL, "sums are not rescaled", "    rows.rescale_sums(sums);\n", ""),
+    (KERNEL, "rows behind the last are stored", "    if (row < t.rows)\n", ""),
+    (KERNEL, "no row is nothing's", "rows.sum[r] == 0 ? 0 : 1 / rows.sum[r]", "1 / rows.sum[r]"),
+    (ROWS, "all blocks count as seen", "if (all.low <= b.position && end <= all.high", "if (end >= 0"),
+    (ROWS, "the ends of rows are not looked at", "all.low <= b.position && end <= all.high", "all.low <= b.position"),
+    (ROWS, "the beginnings of rows are not looked at", "all.low <= b.position && end", "end"),
+    (ROWS, "keys behind the block's count", "min(seen[r].high, end) - first", "seen[r].high - first"),
+    (ROWS, "one key too many", "column >= high", "column > high"),
+    (ROWS, "one key too few", "column < low", "column <= low"),
+    (
+        ROWS,
+        "one row's keys for both",
+        "seen[r] = attention_range(p.a, t.s, min(row[r]",
+        "seen[r] = attention_range(p.a, t.s, min(row[0]",
+    ),
+    (ROWS, "the largest of half a row", "      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));\n", ""),
+    (ROWS, "the largest of before is forgotten", "fmaxf(largest[r], most * p.unit)", "most * p.unit"),
+    (ROWS, "the weights' sum is not rescaled", "      sum[r] *= rescale[r];\n", ""),
+    (ROWS, "a row without keys is not a number", "most == -INFINITY ? 0 : most", "most"),
+    (ROWS, "no softcap", "if (p.a.softcap > 0)", "if (p.a.softcap > 9)"),
+    (ROWS, "nothing is hidden", "    hide(scores, b);\n", ""),
+    (ROWS, "the sum of half a row", "      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);\n", ""),
+    # what is skipped
+    (TILE, "blocks before what is seen are done", "t.key_block = key_low / kKeys", "t.key_block = 0 * key_low"),
+    (TILE, "a block at the end is left out", "(key_end + kKeys - 1) / kKeys", "key_end / kKeys"),
+    (TILE, "blocks of the prefix from the first", "t.prefix_block = seen.low / kKeys", "t.prefix_block = 0 * seen.low"),
+    (TILE, "keys stand at their own row", "b.prefix ? b.row : t.s.prefix + b.row", "b.row"),
+    (TILE, "the ranges of a tile's first row only", "return {{a.low, b.high}, {b.low, a.high}}", "return {a, a}"),
+    (TILE, "tiles of 127 rows", "min(t.first + kTileRows, t.rows) - 1", "min(t.first + kTileRows, t.rows) - 2"),
+]

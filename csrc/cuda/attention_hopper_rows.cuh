@@ -6,12 +6,28 @@
 
 namespace diffusion_runtime {
 
+// What is known of some keys, relative to the largest score among them: their weights' sum, and beside it the sums of
+// values.
+struct HopperPart {
+  float largest[2];  // times unit; -inf: none of the keys is seen
+  float sum[2];
+
+  // Takes in another part; both sums of values are to be multiplied by these.
+  __device__ __forceinline__ void merge(const HopperPart& other, float (&keep)[2], float (&take)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float most = fmaxf(largest[r], other.largest[r]), base = most == -INFINITY ? 0 : most;
+      keep[r] = fast_exp2(largest[r] - base), take[r] = fast_exp2(other.largest[r] - base);
+      largest[r] = most, sum[r] = fmaf(sum[r], keep[r], other.sum[r] * take[r]);
+    }
+  }
+};
+
 struct HopperRows {
   int row[2];        // of the sequence, ordered as the tile's are; may be past the last
   KeyRange seen[2];  // by each
   KeyRange all;      // by all 16 rows of the warp
-  float largest[2];  // score so far, times unit
-  float sum[2];      // of this thread's weights
+  HopperPart part;   // of this chunk so far; of a row's sum, what this thread has of it
   float rescale[2];  // of what stands for the blocks before, at the last one
 
   __device__ __forceinline__ void begin(const HopperProblem& p, const HopperTile& t, int warpgroup) {
@@ -22,8 +38,8 @@ struct HopperRows {
     for (int r = 0; r < 2; ++r) {
       row[r] = first + lane / 4 + r * 8;
       seen[r] = attention_range(p.a, t.s, min(row[r], t.rows - 1) / p.group);
-      largest[r] = -INFINITY, sum[r] = 0;
     }
+    part = no_part();
   }
 
   // Scores of keys that are not seen become -inf.
@@ -61,16 +77,16 @@ struct HopperRows {
       for (int i = 2 * r; i < kScores; i += 4) most = fmaxf(fmaxf(most, scores[i]), scores[i + 1]);
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-      most = fmaxf(largest[r], most * p.unit);
+      most = fmaxf(part.largest[r], most * p.unit);
       const float base = most == -INFINITY ? 0 : most;
-      rescale[r] = fast_exp2(largest[r] - base);
-      largest[r] = most;
-      sum[r] *= rescale[r];
+      rescale[r] = fast_exp2(part.largest[r] - base);
+      part.largest[r] = most;
+      part.sum[r] *= rescale[r];
 #pragma unroll
       for (int i = 2 * r; i < kScores; i += 4) {
         scores[i] = fast_exp2(fmaf(scores[i], p.unit, -base));
         scores[i + 1] = fast_exp2(fmaf(scores[i + 1], p.unit, -base));
-        sum[r] += scores[i] + scores[i + 1];
+        part.sum[r] += scores[i] + scores[i + 1];
       }
     }
   }
@@ -81,14 +97,19 @@ struct HopperRows {
     for (int i = 0; i < kSums; ++i) sums[i] *= rescale[i / 2 % 2];
   }
 
-  // Behind the last block: the sums of whole rows.
-  __device__ __forceinline__ void end() {
+  // Behind a chunk's last block: the part with the sums of whole rows; the next chunk begins with none.
+  __device__ __forceinline__ HopperPart end_chunk() {
+    HopperPart whole = part;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
-      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+      whole.sum[r] += __shfl_xor_sync(~0u, whole.sum[r], 1);
+      whole.sum[r] += __shfl_xor_sync(~0u, whole.sum[r], 2);
     }
+    part = no_part();
+    return whole;
   }
+
+  static __device__ __forceinline__ HopperPart no_part() { return {{-INFINITY, -INFINITY}, {0, 0}}; }
 };
 
 }  // namespace diffusion_runtime

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 TEST = "attention_hopper"
-KERNEL, TILE = "csrc/cuda/attention_hopper.cu", "csrc/cuda/attention_hopper_tile.cuh"
+HOST, KERNEL = "csrc/cuda/attention_hopper.cu", "csrc/cuda/attention_hopper_kernel.cuh"
+TILE, CHUNKS = "csrc/cuda/attention_hopper_tile.cuh", "csrc/cuda/attention_hopper_chunks.cuh"
 LOAD, ROWS = "csrc/cuda/attention_hopper_load.cuh", "csrc/cuda/attention_hopper_rows.cuh"
-OPS, PRODUCTS = "csrc/cuda/hopper_ops.h", "csrc/cuda/hopper_products.h"
 
 MUTATIONS = [
     (KERNEL, "nothing", "", ""),
@@ -47,8 +47,8 @@ MUTATIONS = [
     (
         KERNEL,
         "weights change while they are multiplied",
-        "    products_wait<0>();\n    hand_back(&shared.value_empty[before]);\n    rows.rescale_sums(sums);\n    narrow<T, kKeys>(weights, scores);",
-        "    narrow<T, kKeys>(weights, scores);\n    products_wait<0>();\n    hand_back(&shared.value_empty[before]);\n    rows.rescale_sums(sums);",
+        "    rows.weigh(scores, p, b);\n    products_wait<0>();",
+        "    rows.weigh(scores, p, b);\n    narrow<T, kKeys>(weights, scores);\n    products_wait<0>();",
     ),
     (
         KERNEL,
@@ -85,7 +85,7 @@ MUTATIONS = [
     (LOAD, "a box of the wrong panel", "panel * kPanel, row, t.kv_head", "0, row, t.kv_head"),
     (LOAD, "keys of the first head", "t.kv_head * from.head_step", "0"),
     (
-        KERNEL,
+        HOST,
         "boxes that cross pages",
         "s.box_rows = paged ? common_divisor(s.page_size, keys) : keys",
         "s.box_rows = keys",
@@ -95,9 +95,9 @@ MUTATIONS = [
     (KERNEL, "no swizzle of the queries", "(chunk % kChunks ^ row % kChunks)", "(chunk % kChunks)"),
     (KERNEL, "queries behind the last are read", "first + r < t.rows && !p.zero", "!p.zero"),
     (KERNEL, "a scale of 0 keeps the queries", "first + r < t.rows && !p.zero", "first + r < t.rows"),
-    (KERNEL, "the sign of the scale is lost", "p.negated = a.scale < 0", "p.negated = false"),
-    (KERNEL, "every stride is taken", "stride % 8 == 0 && stride >= 0", "stride >= 0"),
-    (KERNEL, "every value_dim is taken", "a.value_dim == a.head_dim", "true"),
+    (HOST, "the sign of the scale is lost", "p.negated = a.scale < 0", "p.negated = false"),
+    (HOST, "every stride is taken", "stride % 8 == 0 && stride >= 0", "stride >= 0"),
+    (HOST, "every value_dim is taken", "a.value_dim == a.head_dim", "true"),
     # arithmetic
     (
         KERNEL,
@@ -110,7 +110,7 @@ MUTATIONS = [
     (KERNEL, "panels of values too near", "kPanel, sizeof value.at[0])", "kPanel, sizeof value.at[0] / 2)"),
     (KERNEL, "sums are not rescaled", "    rows.rescale_sums(sums);\n", ""),
     (KERNEL, "rows behind the last are stored", "    if (row < t.rows)\n", ""),
-    (KERNEL, "no row is nothing's", "rows.sum[r] == 0 ? 0 : 1 / rows.sum[r]", "1 / rows.sum[r]"),
+    (KERNEL, "no row is nothing's", "part.sum[r] == 0 ? 0 : 1 / part.sum[r]", "1 / part.sum[r]"),
     (ROWS, "all blocks count as seen", "if (all.low <= b.position && end <= all.high", "if (end >= 0"),
     (ROWS, "the ends of rows are not looked at", "all.low <= b.position && end <= all.high", "all.low <= b.position"),
     (ROWS, "the beginnings of rows are not looked at", "all.low <= b.position && end", "end"),
@@ -124,17 +124,105 @@ MUTATIONS = [
         "seen[r] = attention_range(p.a, t.s, min(row[0]",
     ),
     (ROWS, "the largest of half a row", "      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));\n", ""),
-    (ROWS, "the largest of before is forgotten", "fmaxf(largest[r], most * p.unit)", "most * p.unit"),
-    (ROWS, "the weights' sum is not rescaled", "      sum[r] *= rescale[r];\n", ""),
-    (ROWS, "a row without keys is not a number", "most == -INFINITY ? 0 : most", "most"),
+    (ROWS, "the largest of before is forgotten", "fmaxf(part.largest[r], most * p.unit)", "most * p.unit"),
+    (ROWS, "the weights' sum is not rescaled", "      part.sum[r] *= rescale[r];\n", ""),
+    (
+        ROWS,
+        "a row without keys is not a number",
+        "      const float base = most == -INFINITY ? 0 : most;",
+        "      const float base = most;",
+    ),
     (ROWS, "no softcap", "if (p.a.softcap > 0)", "if (p.a.softcap > 9)"),
     (ROWS, "nothing is hidden", "    hide(scores, b);\n", ""),
-    (ROWS, "the sum of half a row", "      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);\n", ""),
+    (ROWS, "the sum of half a row", "      whole.sum[r] += __shfl_xor_sync(~0u, whole.sum[r], 2);\n", ""),
     # what is skipped
-    (TILE, "blocks before what is seen are done", "t.key_block = key_low / kKeys", "t.key_block = 0 * key_low"),
+    (TILE, "blocks before what is seen are done", "t.key = {key_low / kKeys", "t.key = {0 * key_low"),
     (TILE, "a block at the end is left out", "(key_end + kKeys - 1) / kKeys", "key_end / kKeys"),
-    (TILE, "blocks of the prefix from the first", "t.prefix_block = seen.low / kKeys", "t.prefix_block = 0 * seen.low"),
+    (TILE, "blocks of the prefix from the first", "t.prefix = {seen.low / kKeys", "t.prefix = {0 * seen.low"),
     (TILE, "keys stand at their own row", "b.prefix ? b.row : t.s.prefix + b.row", "b.row"),
     (TILE, "the ranges of a tile's first row only", "return {{a.low, b.high}, {b.low, a.high}}", "return {a, a}"),
     (TILE, "tiles of 127 rows", "min(t.first + kTileRows, t.rows) - 1", "min(t.first + kTileRows, t.rows) - 2"),
+    # chunks
+    (
+        CHUNKS,
+        "a chunk common to prefix and keys counts twice",
+        " - (prefix.count() > 0 && key.count() > 0 && key.first < prefix.end)",
+        "",
+    ),
+    (
+        CHUNKS,
+        "chunks of keys count from the first key",
+        "c.key = {(before + t.key.first) / kChunk",
+        "c.key = {t.key.first / kChunk",
+    ),
+    (CHUNKS, "keys are limited as if there were no prefix", "t.key.limit(low - before", "t.key.limit(low"),
+    (
+        CHUNKS,
+        "the first chunk takes what was in memory",
+        "is_first ? 0 : memory[i * kWarpgroup]",
+        "memory[i * kWarpgroup]",
+    ),
+    (CHUNKS, "a chunk in memory is not rescaled", "fmaf(before, keep[i / 2 % 2], sums", "fmaf(before, 1, sums"),
+    (
+        CHUNKS,
+        "a chunk is not rescaled",
+        "memory[i * kWarpgroup] * take[i / 2 % 2]);\n}\n\n// Tickets",
+        "memory[i * kWarpgroup]);\n}\n\n// Tickets",
+    ),
+    (
+        CHUNKS,
+        "the largest of two rows change places",
+        "chunk.largest[r] = memory[(kSums + r)",
+        "chunk.largest[r] = memory[(kSums + 1 - r)",
+    ),
+    (
+        CHUNKS,
+        "no barrier before the ticket",
+        "unsigned& is_last) {\n  numbered_barrier(1 + warpgroup, kWarpgroup);\n",
+        "unsigned& is_last) {\n",
+    ),
+    (
+        CHUNKS,
+        "no barrier after the ticket",
+        "  }\n  numbered_barrier(1 + warpgroup, kWarpgroup);\n  return",
+        "  }\n  return",
+    ),
+    (CHUNKS, "no fence before the ticket", "    __threadfence();\n    is_last", "    is_last"),
+    (CHUNKS, "no fence after the ticket", "- 1;\n    __threadfence();", "- 1;"),
+    (CHUNKS, "the ticket is not handed back", "    if (is_last) *ticket = 0;\n", ""),
+    (CHUNKS, "the last but one merges", "unsigned(count) - 1;", "unsigned(count) - 2;"),
+    (CHUNKS, "warpgroups share a ticket", " + blockIdx.x * kConsumers + warpgroup", " + blockIdx.x * kConsumers"),
+    (
+        CHUNKS,
+        "warpgroups share a place",
+        "                       warpgroup * kPartFloats<kSums> + threadIdx.x",
+        "                       threadIdx.x",
+    ),
+    (CHUNKS, "tiles share a place", "const int64_t place = int64_t{blockIdx.x} * p.chunks", "const int64_t place = 0"),
+    (CHUNKS, "chunks that nobody did are merged", "    if (chunks.has(chunk)) add", "    add"),
+    (CHUNKS, "what the last had is merged twice", "  part = HopperRows::no_part();\n", ""),
+    (ROWS, "chunks are not rescaled", "keep[r] = fast_exp2(largest[r] - base), take", "keep[r] = 1, take"),
+    (ROWS, "the sum of a chunk is not rescaled", "other.sum[r] * take[r]", "other.sum[r]"),
+    (ROWS, "a chunk begins with the sums before", "    part = no_part();\n    return whole;", "    return whole;"),
+    (
+        KERNEL,
+        "sums of a chunk begin with those before",
+        "      for (int j = 0; j < kSums; ++j) sums[j] = 0;",
+        "      for (int j = 0; j < kSums; ++j) sums[j] += 0;",
+    ),
+    (KERNEL, "the last chunk is left out", "    add_chunk(total, part, sums, memory, false);\n", ""),
+    (
+        KERNEL,
+        "both warpgroups' chunks in one place",
+        "shared.total + warpgroup * kSums * kWarpgroup",
+        "shared.total + 0 * warpgroup",
+    ),
+    (KERNEL, "every block of threads is a whole tile", "      limit_to_chunk<kDim>(t, blockIdx.y);\n", ""),
+    (
+        KERNEL,
+        "rows that see nothing are nobody's",
+        "if (chunks.count() > 0 ? !chunks.has(blockIdx.y) : blockIdx.y > 0) return;",
+        "if (!chunks.has(blockIdx.y)) return;",
+    ),
+    (TILE, "keys go on where the prefix ended", "prefix_blocks<kKeys>(t.s) + block", "block"),
 ]

@@ -1,5 +1,6 @@
 // Attention on Hopper with short blocks of keys: every mask, layout and setting.
 #define ATTENTION_HOPPER_KEYS(dim) 32
+#define ATTENTION_HOPPER_CHUNK 2
 #include "attention_hopper.cu"
 #include "attention_hopper_checks.h"
 
@@ -15,10 +16,10 @@ Rules heads(int heads, int kv_heads, VisibleKeys visible = kAll, int offset = 0)
 }
 
 // Blocks of keys that no query of a tile sees are not asked for: a copy each for keys and for values.
-void check_skipping(const char* what, VisibleKeys visible, uint64_t blocks) {
+void check_skipping(const char* what, VisibleKeys visible, int prefix, uint64_t blocks) {
   under_schedules(0, what, [&](const std::string& schedule) {
     cuda_on_cpu::counters = {};
-    run<BFloat16>({{250}}, {0}, heads(1, 1, visible), Layout::Packed);
+    run<BFloat16>({{250, prefix}}, {0}, heads(1, 1, visible), Layout::Packed, false);
     expect(cuda_on_cpu::counters.tile_copies == 2 * blocks, what,
            [&] { return schedule + ": " + std::to_string(cuda_on_cpu::counters.tile_copies); });
   });
@@ -74,6 +75,7 @@ int main() {
   check<BFloat16>("bidirectional, every schedule", {{41, 40}, {9, 0}}, heads(1, 1), 8, {Layout::Right});
   check<BFloat16>("bidirectional", kRequests, heads(1, 1), 1, kLayouts, true);
   check<BFloat16>("causal, 6 heads on 2", kRequests, heads(6, 2, kCausal), 1, kLayouts, true);
+  check<BFloat16>("causal, one key in the last block", {{33, 0}, {65, 0}}, heads(1, 1, kCausal), 0, kLayouts, true);
   check<BFloat16>("causal, 9 positions back", kRequests, heads(2, 2, kCausal, -9), 0);
   check<BFloat16>("blocks of 7, 3 positions on", kRequests, heads(2, 1, {-1, 0, 7, -1}, 3), 0);
   check<BFloat16>("window", {{150, 40}, {80, 0}}, heads(1, 1, {25, 9, 1, -1}), 1);
@@ -107,9 +109,10 @@ int main() {
   check<BFloat16>("head_dim 128", {{21, 33}, {30, 6}}, rules, 1, {Layout::Right, Layout::Paged});
   rules.dim = 256;
   check<Float16>("head_dim 256", {{21, 33}, {30, 6}}, rules, 1, {Layout::Right, Layout::Paged});
-  check_skipping("blocks before the diagonal", kCausal, 4 + 8);
-  check_skipping("blocks of a window", {31, 0, 1, -1}, 4 + 5);
-  check_skipping("all blocks", kAll, 8 + 8);
+  check_skipping("blocks before the diagonal", kCausal, 0, 4 + 8);
+  check_skipping("blocks of a window", {31, 0, 1, -1}, 0, 4 + 5);
+  check_skipping("blocks of a window on a prefix", {70, 0, 1, -1}, 250, 3 + 4 + 7);
+  check_skipping("all blocks", kAll, 0, 8 + 8);
 #endif
   return finish("attention_hopper");
 }

@@ -15,5 +15,7 @@ int main() {
   check<Float16>("head_dim 128", {{200, 30}, {3, 128}}, rules, 0, {Layout::Right, Layout::Packed});
   rules.dim = 256, rules.scale = 0.0625f;
   check<BFloat16>("head_dim 256", {{40, 129}}, rules, 0, {Layout::Right, Layout::Paged});
+  rules.dim = 128, rules.visible = {-1, -1, 1, -1};
+  check<BFloat16>("chunks", {{7, 2100}}, rules, 0, {Layout::Right, Layout::Paged});
   return finish("attention_hopper_full");
 }

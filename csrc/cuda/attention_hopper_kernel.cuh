@@ -134,20 +134,23 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
   HopperPart total = HopperRows::no_part();
   bool is_first = true;  // chunk, none is in memory
   int number = 0;
+  const auto wait_for_keys = [&](int i) {
+    if (i < blocks) barrier_wait(&shared.key_full[i % kStages], i / kStages % 2);
+  };
   if (blocks > 0) {
     const HopperBlock b = hopper_block<kKeys>(t, 0);
     number = b.number;
-    barrier_wait(&shared.key_full[0], 0);
+    wait_for_keys(0);
     products_fence();
     begin_scores<T, kDim, kKeys>(scores, query, shared.key[0]);
     products_wait<0>();
     hand_back(&shared.key_empty[0]);
     rows.weigh(scores, p, b);
     narrow<T, kKeys>(weights, scores);
+    wait_for_keys(1);
   }
   for (int i = 1; i < blocks; ++i) {
     const int stage = i % kStages, before = (i - 1) % kStages;
-    barrier_wait(&shared.key_full[stage], i / kStages % 2);
     products_fence();
     begin_scores<T, kDim, kKeys>(scores, query, shared.key[stage]);
     barrier_wait(&shared.value_full[before], (i - 1) / kStages % 2);
@@ -161,6 +164,7 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
     HopperPart ended = {};
     if (new_chunk) ended = rows.end_chunk();
     rows.weigh(scores, p, b);
+    wait_for_keys(i + 1);  // here, because the assembler would put the exponentials behind a wait that follows them
     products_wait<0>();
     hand_back(&shared.value_empty[before]);
     if (new_chunk) {

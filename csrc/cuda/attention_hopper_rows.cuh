@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_hopper_tile.cuh"
-#include "row_ops.cuh"
+#include "row_statistics.h"
 
 namespace diffusion_runtime {
 
@@ -22,6 +22,12 @@ struct HopperPart {
     }
   }
 };
+
+// softcap tanh(factor score), within some 2^-22 of the softcap: two of the fast operations, and no branch as in tanhf.
+__device__ __forceinline__ float capped(float score, float factor, float softcap) {
+  const float e = fast_exp2(fabsf(score) * (factor * (-2 * kLog2e)));
+  return copysignf(__fdividef(fmaf(-softcap, e, softcap), 1 + e), score);
+}
 
 struct HopperRows {
   int row[2];        // of the sequence, ordered as the tile's are; may be past the last
@@ -67,7 +73,7 @@ struct HopperRows {
   __device__ __forceinline__ void weigh(float (&scores)[kScores], const HopperProblem& p, const HopperBlock& b) {
     if (p.a.softcap > 0) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) scores[i] = softcapped(scores[i], p.a.softcap, p.factor);
+      for (int i = 0; i < kScores; ++i) scores[i] = capped(scores[i], p.factor, p.a.softcap);
     }
     hide(scores, b);
 #pragma unroll

@@ -47,8 +47,8 @@ MUTATIONS = [
     (
         KERNEL,
         "weights change while they are multiplied",
-        "    rows.weigh(scores, p, b);\n    products_wait<0>();",
-        "    rows.weigh(scores, p, b);\n    narrow<T, kKeys>(weights, scores);\n    products_wait<0>();",
+        "    rows.weigh(scores, p, b);\n    wait_for_keys(i + 1);",
+        "    rows.weigh(scores, p, b);\n    narrow<T, kKeys>(weights, scores);\n    wait_for_keys(i + 1);",
     ),
     (
         KERNEL,

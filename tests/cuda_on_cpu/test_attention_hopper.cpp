@@ -7,7 +7,7 @@
 using namespace attention_test;
 
 constexpr VisibleKeys kAll = {-1, -1, 1, -1}, kCausal = {-1, 0, 1, -1};
-const std::vector<Request> kRequests = {{41, 40}, {9, 0}, {0, 5}, {33, 64}};
+const std::vector<Request> kRequests = {{41, 40}, {9, 0}, {0, 5}, {33, 70}};
 
 Rules heads(int heads, int kv_heads, VisibleKeys visible = kAll, int offset = 0) {
   Rules rules;

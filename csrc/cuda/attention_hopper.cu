@@ -23,8 +23,10 @@ int64_t batches(const AttentionArguments& a) { return a.cu_seqlens != nullptr ? 
 Sizes key_sizes(const AttentionArguments& a) { return {batches(a), a.kv_heads, a.num_keys}; }
 Sizes prefix_sizes(const AttentionArguments& a) {
   if (a.prefix_key.data == nullptr || a.capacity == 0) return {0, 0, 0};
-  // how many pages there are, nobody has said: as many as the table can name
-  return a.page_size > 0 ? Sizes{INT32_MAX, a.kv_heads, a.page_size} : Sizes{a.sequences, a.kv_heads, a.capacity};
+  // how many pages there are, nobody has said: as many as fit in 2^40 bytes
+  const int64_t most = (int64_t{1} << 39) / max(max(a.prefix_key.batch, a.prefix_value.batch), int64_t{1});
+  return a.page_size > 0 ? Sizes{min(most, int64_t{INT32_MAX}), a.kv_heads, a.page_size}
+                         : Sizes{a.sequences, a.kv_heads, a.capacity};
 }
 
 int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }

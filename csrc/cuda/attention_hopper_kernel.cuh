@@ -115,9 +115,28 @@ __device__ __forceinline__ void narrow(uint32_t (&weights)[kKeys / 16][4], const
   for (int i = 0; i < kKeys / 4; ++i) weights[i / 4][i % 4] = narrowed_pair<T>(scores[2 * i], scores[2 * i + 1]);
 }
 
+// Two warpgroups issue their products in turns, the first begins: while one multiplies, the other has exponentials to
+// do.
+struct HopperTurns {
+  int warpgroup, rounds;  // 0 rounds: there is one warpgroup only, or nothing to do in turns
+
+  static_assert(kConsumers == 2, "turns are of two");
+  static constexpr int kBarrier = 1 + kConsumers;  // and the next: a warpgroup waits at its own
+  __device__ __forceinline__ void begin() const {
+    if (rounds > 0 && warpgroup == 1) numbered_arrive(kBarrier, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void take() const {
+    if (rounds > 0) numbered_barrier(kBarrier + warpgroup, 2 * kWarpgroup);
+  }
+  // The last turn is the second warpgroup's: nobody waits behind it.
+  __device__ __forceinline__ void pass(int round) const {
+    if (rounds > 0 && (warpgroup == 0 || round < rounds)) numbered_arrive(kBarrier + 1 - warpgroup, 2 * kWarpgroup);
+  }
+};
+
 template <class T, int kDim>
 __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile& t, const HopperChunks& chunks,
-                                       int warpgroup, HopperShared<T, kDim>& shared) {
+                                       int warpgroup, int warpgroups, HopperShared<T, kDim>& shared) {
   using Sizes = HopperSizes<kDim>;
   constexpr int kKeys = Sizes::kKeys, kSums = Sizes::kSums;
   Panels<T, kDim, kWarpgroupRows>& query = shared.query[warpgroup];
@@ -134,6 +153,8 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
   HopperPart total = HopperRows::no_part();
   bool is_first = true;  // chunk, none is in memory
   int number = 0;
+  const HopperTurns turns = {warpgroup, warpgroups == 2 ? blocks - 1 : 0};
+  turns.begin();
   const auto wait_for_keys = [&](int i) {
     if (i < blocks) barrier_wait(&shared.key_full[i % kStages], i / kStages % 2);
   };
@@ -151,11 +172,13 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
   }
   for (int i = 1; i < blocks; ++i) {
     const int stage = i % kStages, before = (i - 1) % kStages;
+    turns.take();
     products_fence();
     begin_scores<T, kDim, kKeys>(scores, query, shared.key[stage]);
     barrier_wait(&shared.value_full[before], (i - 1) / kStages % 2);
     products_fence();
     begin_sums<T, kDim, kKeys>(sums, weights, shared.value[before]);
+    turns.pass(i);
     products_wait<1>();
     hand_back(&shared.key_empty[stage]);
     const HopperBlock b = hopper_block<kKeys>(t, i);
@@ -231,7 +254,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attention_hopper_kernel(con
     if (threadIdx.x < 32) load_blocks(p, t, shared);
   } else {
     take_registers<kConsumerRegisters>();
-    if (warpgroup < warpgroups) attend(p, t, chunks, warpgroup, shared);
+    if (warpgroup < warpgroups) attend(p, t, chunks, warpgroup, warpgroups, shared);
   }
 #else
   __trap();

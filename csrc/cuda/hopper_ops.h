@@ -98,9 +98,12 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap& map, uint64
       : "memory");
 }
 
-// `threads` threads of the block wait for each other; numbers are 1 to 15.
+// `threads` threads of the block wait for each other, or only arrive and go on; numbers are 1 to 15.
 __device__ __forceinline__ void numbered_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void numbered_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // The registers of every thread of the warpgroup, from what the launch gave: fewer for one that copies, more for one
@@ -242,7 +245,10 @@ inline void load_tile(void* to, const TensorMap& map, uint64_t* barrier, int col
 }
 
 inline void numbered_barrier(int number, int threads, CALLER) {
-  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_barrier", size_t(threads), here);
+  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_barrier", size_t(threads), true, here);
+}
+inline void numbered_arrive(int number, int threads, CALLER) {
+  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_arrive", size_t(threads), false, here);
 }
 
 template <int kRegisters>

@@ -75,6 +75,10 @@ MUTATIONS = [
     (LOAD, "the second end is not waited for", "cleared++ % 2", "0 * cleared++ % 2"),
     (LOAD, "the cleared end without a fence", "  async_proxy_fence();\n", ""),
     (LOAD, "bytes of rows that are there", "unsigned(boxes * from.box_rows *", "unsigned(b.count *"),
+    (KERNEL, "the first turn is nobody's", "  turns.begin();\n", ""),
+    (KERNEL, "turns are not passed on", "    turns.pass(i);\n", ""),
+    (KERNEL, "a warpgroup alone takes turns", "warpgroups == 2 ? blocks - 1 : 0", "blocks - 1"),
+    (KERNEL, "the next keys are not waited for", "    wait_for_keys(i + 1);", "    "),
     # what is read
     (LOAD, "values behind the end are kept", "const bool whole = b.count == kKeys", "const bool whole = true"),
     (LOAD, "the last real value is cleared", "int i = count * kChunks", "int i = (count - 1) * kChunks"),

@@ -91,7 +91,7 @@ struct Warp {
 
 struct Barrier {  // __syncthreads, or a barrier of some threads by its number
   std::vector<Fiber*> waiting;
-  unsigned phase = 0;
+  unsigned arrived = 0, phase = 0;
   Clock clocks[2];
 };
 

@@ -88,10 +88,12 @@ __device__ __forceinline__ void hand_back(uint64_t* barrier) {
 template <class T, int kDim, int kKeys>
 __device__ __forceinline__ void begin_scores(float (&scores)[kKeys / 2], const Panels<T, kDim, kWarpgroupRows>& query,
                                              const Panels<T, kDim, kKeys>& key) {
+  const uint64_t query_operand = rows_operand(query.at[0]), key_operand = rows_operand(key.at[0]);
 #pragma unroll
   for (int k = 0; k < kDim; k += 16) {
-    const uint64_t a = rows_operand(query.at[k / kPanel] + k % kPanel);
-    const uint64_t b = rows_operand(key.at[k / kPanel] + k % kPanel);
+    const unsigned in_panel = k % kPanel * sizeof(T);
+    const uint64_t a = operand_behind(query_operand, k / kPanel * sizeof query.at[0] + in_panel);
+    const uint64_t b = operand_behind(key_operand, k / kPanel * sizeof key.at[0] + in_panel);
     if (k == 0)
       multiply_rows<false, T>(scores, a, b);
     else
@@ -103,9 +105,10 @@ __device__ __forceinline__ void begin_scores(float (&scores)[kKeys / 2], const P
 template <class T, int kDim, int kKeys>
 __device__ __forceinline__ void begin_sums(float (&sums)[kDim / 2], const uint32_t (&weights)[kKeys / 16][4],
                                            const Panels<T, kDim, kKeys>& value) {
+  const uint64_t operand = columns_operand(value.at[0], sizeof value.at[0]);
 #pragma unroll
   for (int k = 0; k < kKeys / 16; ++k)
-    multiply_columns<T>(sums, weights[k], columns_operand(value.at[0] + k * 16 * kPanel, sizeof value.at[0]));
+    multiply_columns<T>(sums, weights[k], operand_behind(operand, k * 16 * kPanel * sizeof(T)));
   products_commit();
 }
 

@@ -21,6 +21,8 @@ __device__ __forceinline__ uint64_t columns_operand(const void* p, unsigned pane
   const uint64_t start = (shared_address(p) & 0x3FFFF) >> 4, stride = 1024 >> 4, swizzle128 = 1;
   return start | uint64_t{panel >> 4} << 16 | stride << 32 | swizzle128 << 62;
 }
+// The same, `bytes` further on.
+__device__ __forceinline__ uint64_t operand_behind(uint64_t operand, unsigned bytes) { return operand + (bytes >> 4); }
 
 // Sums of [64, 2 kSums], float32, are spread over a warpgroup: thread t has in sums[i] the one of row 16 (t / 32) +
 // t % 32 / 4 + i / 2 % 2 * 8 and column i / 4 * 8 + t % 4 * 2 + i % 2.

@@ -141,7 +141,7 @@ template <class T, int kDim>
 __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile& t, const HopperChunks& chunks,
                                        int warpgroup, int warpgroups, HopperShared<T, kDim>& shared) {
   using Sizes = HopperSizes<kDim>;
-  constexpr int kKeys = Sizes::kKeys, kSums = Sizes::kSums;
+  constexpr int kKeys = Sizes::kKeys, kSums = Sizes::kSums, kStages = Sizes::kStages;
   Panels<T, kDim, kWarpgroupRows>& query = shared.query[warpgroup];
   load_query<T, kDim>(p, t, warpgroup, query);
   HopperRows rows;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attention_hopper_kernel(con
   }
   const int warpgroups = min(kConsumers, (t.rows - t.first + kWarpgroupRows - 1) / kWarpgroupRows);  // that have rows
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
+    for (int s = 0; s < HopperSizes<kDim>::kStages; ++s) {
       barrier_init(&shared.key_full[s], 1);
       barrier_init(&shared.value_full[s], 1);
       barrier_init(&shared.key_empty[s], warpgroups * 4);

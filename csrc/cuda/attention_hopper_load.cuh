@@ -47,7 +47,7 @@ __device__ __forceinline__ void clear_end(Panels<T, kDim, kKeys>& values, int co
 template <class T, int kDim>
 __device__ __forceinline__ void load_blocks(const HopperProblem& p, const HopperTile& t,
                                             HopperShared<T, kDim>& shared) {
-  constexpr int kKeys = HopperSizes<kDim>::kKeys;
+  constexpr int kKeys = HopperSizes<kDim>::kKeys, kStages = HopperSizes<kDim>::kStages;
   const int blocks = t.blocks();
   int cleared = 0;
   for (int i = 0; i <= blocks; ++i) {  // in the order in which they are needed

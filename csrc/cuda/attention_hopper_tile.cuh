@@ -15,7 +15,6 @@ constexpr int kWarpgroup = 128, kWarpgroupRows = 64, kPanel = 64;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kTileRows = kConsumers * kWarpgroupRows;
 constexpr int kHopperThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kStages = 2;
 // of a thread: 168 at the launch, 40 + 2 * 232 = 3 * 168
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
@@ -26,7 +25,8 @@ struct HopperSizes {
   // Blocks of a chunk: each is summed apart, from nothing, and then added to those before, whether one block of threads
   // does all of a tile or each does a chunk. 0: there is no room for a second sum, all is one chunk.
   static constexpr int kChunk = kDim <= 128 ? ATTENTION_HOPPER_CHUNK : 0;
-  static constexpr int kSums = kDim / 2;  // of a thread
+  static constexpr int kSums = kDim / 2;              // of a thread
+  static constexpr int kStages = kDim == 64 ? 4 : 2;  // of keys and of values, as many as fit
 };
 
 // One operand, its columns in panels of 64.
@@ -37,7 +37,7 @@ struct Panels {
 
 template <class T, int kDim>
 struct alignas(1024) HopperShared {
-  static constexpr int kKeys = HopperSizes<kDim>::kKeys;
+  static constexpr int kKeys = HopperSizes<kDim>::kKeys, kStages = HopperSizes<kDim>::kStages;
   Panels<T, kDim, kWarpgroupRows> query[kConsumers];
   Panels<T, kDim, kKeys> key[kStages], value[kStages];
   uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];

@@ -40,21 +40,27 @@ inline bool device_is_hopper() {
   return major == 9;
 }
 
-// The driver's function is looked up when it is needed, so that the module loads where there is no driver.
-inline TensorMap tensor_map(const TiledTensor& t) {
-  void* encode = nullptr;
+// The driver's function is looked up when it is first needed, so that the module loads where there is no driver.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* encoder = nullptr;
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || encode == nullptr) throw std::runtime_error("cuTensorMapEncodeTiled: not in this driver");
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encoder, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || encoder == nullptr)
+    throw std::runtime_error("cuTensorMapEncodeTiled: not in this driver");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encoder);
+}
+
+inline TensorMap tensor_map(const TiledTensor& t) {
+  static const auto encode = tensor_map_encoder();
   TensorMap map;
   const cuuint64_t sizes[] = {cuuint64_t(t.dim), cuuint64_t(t.rows), cuuint64_t(t.heads), cuuint64_t(t.batches)};
   const cuuint64_t strides[] = {cuuint64_t(t.row), cuuint64_t(t.head), cuuint64_t(t.batch)};
   const cuuint32_t box[] = {64, cuuint32_t(t.box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
-      &map, t.type == LogitType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map, t.type == LogitType::BFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+             4, const_cast<void*>(t.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(result)));
   return map;
 }

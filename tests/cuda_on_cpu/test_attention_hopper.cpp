@@ -68,7 +68,7 @@ void check_settings(const char* what, Rules rules, int schedules) {
 int main() {
   check_refusals();
 #ifdef QUICK
-  check<BFloat16>("causal, packed and paged", {{41, 40}, {5, 0}}, heads(2, 1, kCausal), 1,
+  check<BFloat16>("causal, packed and paged", {{41, 100}, {5, 0}}, heads(2, 1, kCausal), 1,
                   {Layout::Packed, Layout::Paged});
   check<BFloat16>("bidirectional, padded", {{70, 5}}, heads(1, 1), 1, {Layout::Right});
 #else

@@ -63,10 +63,13 @@ struct HopperGrid {
 template <int kDim>
 HopperGrid grid_of(const AttentionArguments& a) {
   constexpr int64_t kKeys = HopperSizes<kDim>::kKeys, kChunk = HopperSizes<kDim>::kChunk;
-  const int64_t rows = int64_t{a.max_length} * (a.heads / max(a.kv_heads, 1));
+  const int64_t group = a.heads / max(a.kv_heads, 1), rows = a.max_length * group;
   HopperGrid grid = {(rows + kTileRows - 1) / kTileRows, 0, 0, 0};
   grid.all = grid.tiles * a.kv_heads * a.sequences;
-  if (kChunk == 0 || grid.all >= min(num_multiprocessors(), kMostSplitTiles)) return grid;
+  // packed, most sequences may be shorter by far than the longest
+  const int64_t packed = (a.length * group / kTileRows + a.sequences) * a.kv_heads;
+  const int64_t busy = a.cu_seqlens != nullptr ? min(grid.all, packed) : grid.all;
+  if (kChunk == 0 || busy >= num_multiprocessors() || grid.all > kMostSplitTiles) return grid;
   const int64_t blocks = (a.capacity + kKeys - 1) / kKeys + (a.num_keys + kKeys - 1) / kKeys;
   const int64_t chunks = (blocks + kChunk - 1) / max(kChunk, int64_t{1});
   const int64_t bytes = grid.all * chunks * kConsumers * kPartFloats<HopperSizes<kDim>::kSums> * 4;
@@ -80,6 +83,7 @@ HopperGrid grid_of(const AttentionArguments& a) {
 template <class T, int kDim>
 void launch_for(const AttentionArguments& a, void* workspace, cudaStream_t stream) {
   constexpr int kKeys = HopperSizes<kDim>::kKeys;
+  static_assert(sizeof(HopperShared<T, kDim>) <= 227 << 10, "more than a block can have");
   const HopperGrid grid = grid_of<kDim>(a);
   if (grid.all == 0) return;
   if (grid.tiles > INT32_MAX / kTileRows || grid.all > INT32_MAX)

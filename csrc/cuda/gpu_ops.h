@@ -12,9 +12,9 @@
 #include <stdexcept>
 #include <string>
 
-// `name` is the block's shared memory, a struct; the launch asks for sizeof(TYPE) bytes.
-#define SHARED(TYPE, name)                                       \
-  extern __shared__ __align__(16) unsigned char shared_bytes_[]; \
+// `name` is the block's shared memory, a struct at a multiple of 1024; the launch asks for sizeof(TYPE) bytes.
+#define SHARED(TYPE, name)                                         \
+  extern __shared__ __align__(1024) unsigned char shared_bytes_[]; \
   TYPE& name = *reinterpret_cast<TYPE*>(shared_bytes_)
 
 namespace diffusion_runtime {

@@ -31,10 +31,17 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # logits that another kernel has just written
     "logit_parts_kernel": (r"LDG\.E\.(64|128)",),  # four tokens a lane
     "weigh_kernel": (r"LDG\.E\.128",),
+    # warpgroup products, tiles by the copy engine, registers that change hands
+    "attention_hopper_kernel": (r"HGMMA\.64x\d+x16\.F32(\.BF16)?", "UTMALDG", "USETMAXREG"),
     # some hundred positions: bytes do not matter there
     "commit_step_kernel": (),
     "choose_rows_kernel": (),
 }
+# what must stand between two instructions, and how often: the exponentials of a block (here, the maxima before them)
+# while the products of the block before run, where the assembler likes to put the wait for these products first
+BETWEEN = {"attention_hopper_kernel": (r"DEPBAR\.LE gsb0, 0x1", r"DEPBAR\.LE gsb0, 0x0", "FMNMX", 32)}
+# the only target of a kernel, by a word of its name: compiled to nothing for the others
+ONLY = {"hopper": "sm_90a"}
 
 PTXAS = re.compile(
     r"Compiling entry function '(?P<entry>\S+)' for '(?P<target>\S+)'"
@@ -118,9 +125,22 @@ def instructions_of(sass: str) -> defaultdict[tuple[str, str], list[str]]:
 
 
 def with_instructions(usage: Usage, instructions: list[str]) -> Usage:
+    if any(word in usage.name and usage.target != target for word, target in ONLY.items()):
+        return usage
     wanted = next((patterns for word, patterns in OPCODES.items() if word in usage.name), (WIDE_LOAD,))
     missing = tuple(pattern for pattern in wanted if not any(re.search(pattern, code) for code in instructions))
+    for word, (first, last, what, times) in BETWEEN.items():
+        if word in usage.name and count_between(instructions, first, last, what) < times:
+            missing = (*missing, f"{times} {what} between {first} and {last}")
     return usage._replace(missing=missing)
+
+
+def count_between(instructions: list[str], first: str, last: str, what: str) -> int:
+    """From the only instruction that matches ``first`` to the next that matches ``last``."""
+    start = next((i for i, code in enumerate(instructions) if re.search(first, code)), len(instructions))
+    rest = instructions[start:]
+    end = next((i for i, code in enumerate(rest) if re.search(last, code)), 0)
+    return sum(bool(re.search(what, code)) for code in rest[:end])
 
 
 def read_report(report: str) -> list[Usage]:

@@ -77,11 +77,11 @@ def main() -> None:
     unexpected = 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [pool.submit(verdicts, test, file, old, new, "--all" in sys.argv) for test, file, _, old, new in chosen]
-        print(f"{'file':20}{'broken':54}" + "".join(f"{build:14}" for build in BUILDS))
+        print(f"{'file':28}{'broken':54}" + "".join(f"{build:14}" for build in BUILDS))
         for (_, file, what, old, _), run in zip(chosen, runs, strict=True):
             row = run.result()
             unexpected += bool(old) == all(v in ("-", "") for v in row)
-            print(f"{Path(file).name:20}{what:54}{''.join(f'{v:14}' for v in row)}".rstrip(), flush=True)
+            print(f"{Path(file).name:28}{what:54}{''.join(f'{v:14}' for v in row)}".rstrip(), flush=True)
     sys.exit(f"{unexpected} unexpected" if unexpected else 0)
 
 

@@ -35,24 +35,28 @@ Out collective(const char* what, unsigned mask, const In& in, Place here, F comp
   return out;
 }
 
-// __syncthreads. It needs every thread of the block: where some have returned, the rest wait for ever, a deadlock. Two
-// clocks take turns, so that the next round does not order this one.
-inline void block_barrier(Place here) {
+// Until `count` threads have come to the barrier; who does not wait goes on at once. Two clocks take turns, so that the
+// next round does not order this one.
+inline void meet(Barrier& b, const char* what, size_t count, bool waits, Place here) {
   Quiet quiet;
-  Barrier& b = current->block->barrier;
-  if (!b.waiting.empty() && b.waiting[0]->place.line != here.line)
-    fail(here, "__syncthreads: another thread of the block is at ", b.waiting[0]->place);
+  if (waits && !b.waiting.empty() && b.waiting[0]->place.line != here.line)
+    fail(here, what, ": another thread of the block is at ", b.waiting[0]->place);
   Clock& clock = b.clocks[b.phase & 1];
   clock.release();
-  b.waiting.push_back(current);
-  if (b.waiting.size() < current->block->fibers.size()) {
-    wait("__syncthreads", here);
+  if (waits) b.waiting.push_back(current);
+  if (++b.arrived < count) {
+    if (waits) wait(what, here);
   } else {
     for (Fiber* f : b.waiting) wake(*f);
-    b.waiting.clear(), b.phase++, counters.barriers++;
-    switch_to(pick());
+    b.waiting.clear(), b.arrived = 0, b.phase++, counters.barriers++;
+    if (waits) switch_to(pick());
   }
-  clock.acquire();
+  if (waits) clock.acquire();
+}
+
+// __syncthreads. It needs every thread of the block: where some have returned, the rest wait for ever, a deadlock.
+inline void block_barrier(Place here) {
+  meet(current->block->barrier, "__syncthreads", current->block->fibers.size(), true, here);
 }
 
 // Memory is ordered from one thread to another by a fence, an atomic, an atomic at the same address, a fence.

@@ -34,9 +34,18 @@ template <class... Words>
   std::abort();
 }
 
+inline void perform_tile_copy() {
+  std::vector<TileCopy>& all = launch_state->tile_copies;
+  const size_t i = schedule.order == Order::in_order ? 0 : next_random() % all.size();
+  const std::function<void()> perform = std::move(all[i].perform);
+  all.erase(all.begin() + i);
+  perform();
+}
+
 // The next to run: of the warps that can, the one of highest priority; of its lanes, as the order says.
 inline Fiber& pick() {
   Launch& l = *launch_state;
+  if (schedule.order == Order::random && !l.tile_copies.empty() && next_random() % 8 == 0) perform_tile_copy();
   Warp* best = nullptr;
   for (auto& block : l.blocks)
     for (Warp& w : block->warps)
@@ -71,6 +80,8 @@ inline Fiber& end_fiber() {
   current->done = true;
   current->warp->ready &= ~(1u << current->lane);
   if (--current->block->live) return pick();
+  for (const TileCopy& copy : l.tile_copies)
+    if (copy.block == current->block) l.error = name(copy.place) + ": the block ended before this copy arrived";
   return l.main;
 }
 
@@ -158,6 +169,8 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
     Fiber& next = pick();
     if (&next != &l.main)
       switch_to(next);  // comes back when a block has ended or nobody can go on
+    else if (!l.tile_copies.empty())
+      perform_tile_copy();
     else
       l.error = deadlock();
     auto ended = [](auto& b) { return b->live == 0 && (end_block(*b), true); };

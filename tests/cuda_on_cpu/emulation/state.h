@@ -36,6 +36,7 @@ void for_each_schedule(int num_random, F run) {
 // What launches did since the last reset; a test may hold a kernel to it.
 struct Counters {
   uint64_t barriers, collectives, atomics, async_copies, matrix_loads, matrix_load_conflicts, matrix_products;
+  uint64_t tile_copies, warpgroup_products;  // the latter by each of a warpgroup's four warps
 };
 inline Counters counters{};
 
@@ -88,9 +89,9 @@ struct Warp {
   Clock clocks[2];
 };
 
-struct Barrier {  // __syncthreads
+struct Barrier {  // __syncthreads, or a barrier of some threads by its number
   std::vector<Fiber*> waiting;
-  unsigned phase = 0;
+  unsigned arrived = 0, phase = 0;
   Clock clocks[2];
 };
 
@@ -99,8 +100,15 @@ struct Block {
   unsigned live = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier barrier;
+  Barrier barrier, numbered[16];
   char* shared = nullptr;
+  std::map<const void*, std::shared_ptr<void>> objects;  // what an operation keeps behind an address or a thread
+};
+
+struct TileCopy {  // given to the copy engine, not yet performed
+  Block* block;
+  Place place;
+  std::function<void()> perform;
 };
 
 struct Launch {
@@ -108,6 +116,7 @@ struct Launch {
   std::function<void()> body;
   size_t shared_bytes = 0;
   std::vector<std::unique_ptr<Block>> blocks;  // in flight
+  std::vector<TileCopy> tile_copies;
   std::vector<WatchedStack> retired;  // kept to the end: a new fiber could be taken for the old one it replaces
   std::string error;
   uint64_t random = 1;

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_runtime import ops
-from diffusion_runtime.ops import _head_cpp, _sample_tokens
+from diffusion_runtime.ops import _head_cpp, _norm_backends, _sample_tokens
 
 KERNELS = ["cpp-avx512", "cpp-avx2", "cpp-portable", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALL = ["reference", *KERNELS]
@@ -30,7 +30,13 @@ def instruction_set(wanted: str) -> Iterator[None]:
     if wanted and wanted not in usable:
         pytest.skip(f"this CPU has {', '.join(usable)}")
     with ExitStack() as patches:
-        for module, name in ((_sample_tokens, "run_cpp"), (_head_cpp, "run_cpp"), (_head_cpp, "weigh_cpp")):
+        for module, name in (
+            (_sample_tokens, "run_cpp"),
+            (_head_cpp, "run_cpp"),
+            (_head_cpp, "weigh_cpp"),
+            (_norm_backends, "run_rms_norm_cpp"),
+            (_norm_backends, "run_qk_norm_rope_cpp"),
+        ):
             run = getattr(module, name)
             patches.enter_context(
                 patch.object(module, name, lambda *rest, run=run: run(*rest[:-1], wanted or rest[-1]))

@@ -38,7 +38,7 @@ NORMS: dict[str, dict[str, Any]] = {
 
 
 def heads(batch, num_heads, length, head_dim, dtype):
-    """``[batch, num_heads, length, head_dim]`` as projections leave it: a view of ``[batch, length, heads, head_dim]``."""
+    """``[batch, num_heads, length, head_dim]``, in memory as a projection leaves it."""
     return (torch.randn(batch, length, num_heads, head_dim) * 2).to(dtype).transpose(1, 2)
 
 

@@ -57,6 +57,8 @@ class QKNormRope(NamedTuple):
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
         weights = [_norm_backends.weight_of(x, query) for x in (self.query_weight, self.key_weight)]
+        if len({x.dtype for x in weights if x is not None}) > 1:
+            weights = [None if x is None else x.float() for x in weights]
         return self._replace(
             query=query, key=key, value=value, cos=cos, sin=sin, query_weight=weights[0], key_weight=weights[1]
         )

@@ -34,6 +34,9 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # some hundred positions: bytes do not matter there
     "commit_step_kernel": (),
     "choose_rows_kernel": (),
+    # a cache or an output may be what was read
+    "rms_norm_kernel": (r"LDG\.E\.128",),
+    "qk_norm_rope_kernel": (r"LDG\.E\.128",),
 }
 
 PTXAS = re.compile(

@@ -61,6 +61,18 @@ class TestMeaning:
             expected = apply_rotary(ops.rms_norm(x, weight, backend="reference", **settings), table)
             torch.testing.assert_close(one, expected)
 
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    def test_rounds_the_norm_where_it_is_told(self, backend, dtype):
+        query = heads(2, 4, 6, 32, dtype)
+        settings = settings_of("Qwen", 32, dtype)
+        table = rotary_table(6, 32, 1e4, torch.device("cpu"))
+        got, _ = run(query, query, None, *table, backend=backend, **settings)
+        weight = settings["query_weight"]
+        norm = ops.rms_norm(query, weight, eps=1e-6, round_before_weight=True, backend="reference")
+        assert (got == apply_rotary(norm, table)).float().mean() > 0.98
+        once = ops.rms_norm(query.float(), weight.float(), eps=1e-6, backend="reference")
+        assert (got == apply_rotary(once, table).to(dtype)).float().mean() < 0.9
+
     def test_positions_are_rows_of_the_tables(self, backend):
         query, key = heads(3, 2, 5, 16, torch.float32), heads(3, 2, 5, 16, torch.float32)
         for leading in ((), (1,), (3,)):

@@ -88,6 +88,7 @@ def load_qk_norm_rope_triton() -> RunQKNormRope:
     from diffusion_runtime.kernels.qk_norm_rope import qk_norm_rope
 
     def run(problem: QKNormRope) -> tuple[Tensor, Tensor | None]:
+        problem.check_places()
         problem = problem.for_kernels()
         query, key = problem.outputs()
         qk_norm_rope(*problem, query, key)

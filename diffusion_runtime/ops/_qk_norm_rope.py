@@ -119,8 +119,8 @@ def qk_norm_rope(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; a part of the cache's arguments;
             gradients wanted with a cache, or of ``cos`` and ``sin``; on a CPU, positions behind the tables or slots
-            outside of the cache, before anything is written. On a GPU, where looking would synchronise, rows at such
-            positions are NaN, and rows for such slots are not written.
+            outside of the cache, before anything is written. On a GPU, where looking would synchronise, kernels make
+            rows at such positions NaN and do not write rows for such slots.
         BackendUnavailableError: a named backend that cannot run this call.
     """
     _check_heads(query, key)

@@ -64,7 +64,7 @@ class QKNormRope(NamedTuple):
         )
 
     def check_places(self) -> None:
-        """On a CPU, where that costs nothing, rows that do not exist are errors."""
+        """On a CPU, where looking costs nothing, rows that do not exist are errors. The C++ kernel looks itself."""
         if self.cache_key is not None:
             _check_places("cache_positions", self.cache_positions, self.cache_key.shape[2])
         _check_places("positions", self.positions, self.cos.shape[1])
@@ -74,12 +74,12 @@ Run = Callable[[QKNormRope], tuple[Tensor, Tensor | None]]
 
 
 def run_qk_norm_rope(problem: QKNormRope, backend: str | None) -> tuple[Tensor, Tensor | None]:
-    problem.check_places()
     run: Run = SPEC.resolve(problem.query.device.type, problem.query.dtype, backend)
     return run(problem)
 
 
 def reference(problem: QKNormRope) -> tuple[Tensor, Tensor | None]:
+    problem.check_places()
     query, key = (
         _rotated(x, weight, problem)
         for x, weight in ((problem.query, problem.query_weight), (problem.key, problem.key_weight))

@@ -26,10 +26,10 @@ class Runner:
     call: Callable[[Tensor], Answer]
 
 
-def default_backends(device: torch.device, dtype: torch.dtype) -> list[str]:
+def default_backends(device: torch.device, dtype: torch.dtype, op: str = OP) -> list[str]:
     """What a user can get: not the reference, and not Triton's interpreter."""
     skipped = {"reference", "triton"} if device.type == "cpu" else {"reference"}
-    return [name for name in ops.available_backends(OP, device.type, dtype) if name not in skipped]
+    return [name for name in ops.available_backends(op, device.type, dtype) if name not in skipped]
 
 
 def our_runner(backend: str, temperature: float) -> Runner:

@@ -1,4 +1,4 @@
-"""What ``python -m bench --suite NAME`` compares: restricted draws, the fused head, soft embeddings, attention."""
+"""What ``python -m bench --suite NAME`` compares: draws, the fused head, soft embeddings, attention and around it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention_suites
+from bench import attention_suites, norm_suites
 from bench.check import SEED, WrongAnswerError
 from bench.comparison import Comparison
 from bench.peers import READS
@@ -116,6 +116,8 @@ SUITES: dict[str, Suite] = {
     "square": attention_suites.square,
     "canvas": attention_suites.canvas,
     "prefill": attention_suites.prefill,
+    "norm": norm_suites.norm,
+    "rope": norm_suites.rope,
 }
 
 

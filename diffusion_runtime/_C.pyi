@@ -99,3 +99,33 @@ def commit_step(
     commit_mask: Tensor,
     after: Tensor,
 ) -> None: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    out: Tensor,
+    instruction_set: str,
+) -> None: ...
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    positions: Tensor | None,
+    cache_key: Tensor | None,
+    cache_value: Tensor | None,
+    cache_positions: Tensor | None,
+    normalized: bool,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    style: int,
+    query_out: Tensor,
+    key_out: Tensor | None,
+    instruction_set: str,
+) -> None: ...

@@ -72,3 +72,33 @@ def weigh(
     probabilities: Tensor,
     stream: int,
 ) -> None: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    out: Tensor,
+    stream: int,
+) -> None: ...
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    positions: Tensor | None,
+    cache_key: Tensor | None,
+    cache_value: Tensor | None,
+    cache_positions: Tensor | None,
+    normalized: bool,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    style: int,
+    query_out: Tensor,
+    key_out: Tensor | None,
+    stream: int,
+) -> None: ...

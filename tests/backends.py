@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_runtime import ops
-from diffusion_runtime.ops import _attention_cpp, _head_cpp, _sample_tokens
+from diffusion_runtime.ops import _attention_cpp, _head_cpp, _norm_backends, _sample_tokens
 
 KERNELS = ["cpp-avx512", "cpp-avx2", "cpp-portable", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALL = ["reference", *KERNELS]
@@ -31,7 +31,8 @@ def instruction_set(wanted: str) -> Iterator[None]:
         pytest.skip(f"this CPU has {', '.join(usable)}")
     with ExitStack() as patches:
         runs = [(module, "run_cpp") for module in (_attention_cpp, _head_cpp, _sample_tokens)]
-        for module, name in (*runs, (_head_cpp, "weigh_cpp")):
+        norms = [(_norm_backends, name) for name in ("run_rms_norm_cpp", "run_qk_norm_rope_cpp")]
+        for module, name in (*runs, *norms, (_head_cpp, "weigh_cpp")):
             run = getattr(module, name)
             patches.enter_context(
                 patch.object(module, name, lambda *rest, run=run: run(*rest[:-1], wanted or rest[-1]))

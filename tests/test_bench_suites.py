@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench import attention_suites, growth, suites
+from bench import attention_suites, growth, norm_suites, suites
 from bench.__main__ import main
 from bench.comparison import Result, markdown
 from bench.growth import Point, fit
@@ -25,6 +25,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_suites, "SQUARES", {"cpu": ((40, 2),)})
     monkeypatch.setattr(attention_suites, "CANVASES", {"cpu": ((8, 30),)})
     monkeypatch.setattr(attention_suites, "PREFILL", 70)
+    monkeypatch.setattr(norm_suites, "NORMS", ((3, 40),))
+    monkeypatch.setattr(norm_suites, "HEADS", ((5, 4, 2, 16),))
     # compiling takes longer than all of this
     monkeypatch.setattr(attention_suites, "_flex", lambda: lambda q, k, v, **_: sdpa(q, k, v, enable_gqa=True))
     monkeypatch.setattr(growth, "ROWS", (1, 3))

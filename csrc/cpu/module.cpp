@@ -3,6 +3,7 @@
 #include "commit.h"
 #include "head.h"
 #include "instruction_set.h"
+#include "norm.h"
 #include "sample_tokens.h"
 #include "weigh.h"
 
@@ -38,4 +39,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("bound"), py::arg("bound_value"), py::arg("tokens"), py::arg("candidates"), py::arg("vocab"),
         py::arg("seed"), py::arg("seed_value"), py::arg("position"), py::arg("step"), py::arg("step_value"),
         py::arg("commit_mask"), py::arg("after"), py::call_guard<py::gil_scoped_release>());
+  m.def("rms_norm", &diffusion_runtime::rms_norm_cpu, py::arg("x"), py::arg("weight"), py::arg("eps"),
+        py::arg("weight_offset"), py::arg("round_before_weight"), py::arg("out"), py::arg("instruction_set"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("qk_norm_rope", &diffusion_runtime::qk_norm_rope_cpu, py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("cos"), py::arg("sin"), py::arg("query_weight"), py::arg("key_weight"), py::arg("positions"),
+        py::arg("cache_key"), py::arg("cache_value"), py::arg("cache_positions"), py::arg("normalized"), py::arg("eps"),
+        py::arg("weight_offset"), py::arg("round_before_weight"), py::arg("style"), py::arg("query_out"),
+        py::arg("key_out"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 }

@@ -23,5 +23,6 @@ inline void check_matrix(const char* name, const TensorView& tensor, const Tenso
 }
 
 void bind_head(pybind11::module_& module);  // module_head.cpp
+void bind_norm(pybind11::module_& module);  // module_norm.cpp
 
 }  // namespace diffusion_runtime

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffusion_runtime import ops
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension.
@@ -24,5 +26,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size]`` in, the same shape and dtype out."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return ops.rms_norm(x, self.weight, eps=self.eps, round_before_weight=True)

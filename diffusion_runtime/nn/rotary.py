@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusion_runtime.ops._qk_norm_rope_problem import rotate
+
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``position * theta ** (-2 i / head_dim)``.
+
+    Where only ``rotary_dim`` elements of a head rotate, give that as ``head_dim``; for the ``"proportional"`` style of
+    :func:`diffusion_runtime.ops.qk_norm_rope`, give the head's own and take the first ``rotary_dim / 2`` columns.
 
     Args:
         length: positions 0 to ``length - 1``.
@@ -33,5 +38,4 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         the shape and dtype of ``x``.
     """
     cos, sin = table
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    return rotate(x.to(torch.promote_types(x.dtype, torch.float32)), cos, sin, "half").to(x.dtype)

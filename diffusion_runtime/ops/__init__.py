@@ -1,6 +1,6 @@
 """Every op of the runtime. An op is a function; how it runs is its ``backend``."""
 
-from diffusion_runtime.ops import _attention_library, _library  # noqa: F401  register the operators
+from diffusion_runtime.ops import _attention_library, _library, _norm_library  # noqa: F401  register the operators
 from diffusion_runtime.ops._attention import attention
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix
 from diffusion_runtime.ops._attention_masks import (
@@ -14,8 +14,10 @@ from diffusion_runtime.ops._attention_masks import (
 from diffusion_runtime.ops._commit import CommitStep, commit_step, commit_tokens, remask, renoise, select_commits
 from diffusion_runtime.ops._merge_attention import merge_attention
 from diffusion_runtime.ops._philox import DRAW_NOISE, DRAW_ORDER, DRAW_TOKEN, philox_uniforms
+from diffusion_runtime.ops._qk_norm_rope import qk_norm_rope
 from diffusion_runtime.ops._registry import BackendUnavailableError, available_backends, explain
 from diffusion_runtime.ops._restriction import pack_allowed, unpack_allowed
+from diffusion_runtime.ops._rms_norm import rms_norm
 from diffusion_runtime.ops._sample_from_hidden import sample_from_hidden
 from diffusion_runtime.ops._sample_tokens import TokenSamples, sample_tokens
 from diffusion_runtime.ops._soft_embedding import soft_embedding, soft_embedding_from_hidden
@@ -44,8 +46,10 @@ __all__ = [
     "merge_attention",
     "pack_allowed",
     "philox_uniforms",
+    "qk_norm_rope",
     "remask",
     "renoise",
+    "rms_norm",
     "sample_from_hidden",
     "sample_tokens",
     "select_commits",

@@ -36,6 +36,9 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # some hundred positions: bytes do not matter there
     "commit_step_kernel": (),
     "choose_rows_kernel": (),
+    # a cache or an output may be what was read
+    "rms_norm_kernel": (r"LDG\.E\.128",),
+    "qk_norm_rope_kernel": (r"LDG\.E\.128",),
 }
 # what must stand between two instructions, and how often: the exponentials of a block (here, the maxima before them)
 # while the products of the block before run, where the assembler likes to put the wait for these products first

@@ -17,6 +17,7 @@ from diffusion_runtime.ops._registry import BackendUnavailableError, available_b
 from diffusion_runtime.ops._restriction import pack_allowed, unpack_allowed
 from diffusion_runtime.ops._sample_from_hidden import sample_from_hidden
 from diffusion_runtime.ops._sample_tokens import TokenSamples, sample_tokens
+from diffusion_runtime.ops._scaled_dot_product_attention import scaled_dot_product_attention
 from diffusion_runtime.ops._soft_embedding import soft_embedding, soft_embedding_from_hidden
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "renoise",
     "sample_from_hidden",
     "sample_tokens",
+    "scaled_dot_product_attention",
     "select_commits",
     "soft_embedding",
     "soft_embedding_from_hidden",

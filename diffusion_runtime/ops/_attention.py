@@ -87,13 +87,13 @@ def attention(
         BackendUnavailableError: a named backend that cannot run this call.
     """
     if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)
+        query, key, value = in_autocast_dtype(query, key, value)
     problem = read_problem(query, key, value, prefix, mask, lengths, scale, softcap)
     out, logsumexp = run_attention(problem, backend)
     return (out, logsumexp) if return_logsumexp else out
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast does to torch's own attention: inputs of 32 bits or fewer in its dtype."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)

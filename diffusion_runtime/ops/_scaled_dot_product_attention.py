@@ -1,0 +1,187 @@
+"""``torch.nn.functional.scaled_dot_product_attention`` over :func:`diffusion_runtime.ops.attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+# kept under a name of our own, so that ours may be assigned to torch.nn.functional
+from torch.nn.functional import scaled_dot_product_attention as torch_attention
+
+from diffusion_runtime.ops._attention import attention, in_autocast_dtype
+from diffusion_runtime.ops._attention_masks import Causal
+from diffusion_runtime.ops._registry import BackendUnavailableError
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``softmax(query @ key.T * scale + attn_mask) @ value``: torch's signature and semantics, our kernels.
+
+    A query that may attend to nothing gives 0. Differentiable. Precision is that of
+    :func:`diffusion_runtime.ops.attention`. Leading dimensions broadcast against each other as in ``torch.matmul``,
+    without copies up to four dimensions. torch's own function runs what the kernels do not define: dropout (which
+    reads torch's generator, draw for draw as torch does), nested tensors, no heads, and a size 0 of a head.
+
+    Args:
+        query: ``[..., heads, length, head_dim]``, two dimensions or more.
+        key: ``[..., kv_heads, num_keys, head_dim]``.
+        value: ``[..., kv_heads, num_keys, value_dim]``.
+        attn_mask: broadcasts to ``[..., heads, length, num_keys]``: bool, True where a query attends, or float (of the
+            dtype of ``query``, or float32) and added to the scores; or a ``torch.nn.attention.bias.CausalBias``, which
+            becomes a rule without a tensor. Two dimensions or more.
+        dropout_p: probability that a weight is dropped, applied whenever it is above 0.
+        is_causal: query ``i`` attends to keys ``0`` to ``i`` (aligned to the upper left), without a tensor.
+        scale: defaults to ``head_dim ** -0.5``.
+        enable_gqa: each head of ``key`` and of ``value`` serves an equal share of consecutive query heads.
+        backend: as for :func:`diffusion_runtime.ops.attention`; not torch's.
+
+    Returns:
+        ``[..., heads, length, value_dim]`` in the dtype of ``query``.
+
+    Raises:
+        RuntimeError: what torch refuses with it: dtypes or devices that differ, shapes that do not broadcast,
+            ``attn_mask`` together with ``is_causal``, a probability outside of 0 to 1.
+        TypeError: an argument that is not a tensor.
+        ValueError: a CausalBias together with ``is_causal``; a scale that is not finite.
+        BackendUnavailableError: a named backend that cannot run this call.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"dropout_p must be from 0 to 1, got {dropout_p}")
+    if _is_torchs(query, key, value, dropout_p):
+        if backend not in (None, "reference"):
+            raise BackendUnavailableError(
+                f"scaled_dot_product_attention: backend {backend!r} cannot run this call:\n"
+                "  torch alone runs dropout, nested tensors, no heads and a head size of 0"
+            )
+        return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if attn_mask is not None and is_causal:
+        error = ValueError if isinstance(attn_mask, CausalBias) else RuntimeError
+        raise error("attn_mask and is_causal exclude each other, got both")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = in_autocast_dtype(query, key, value)
+    _check(query, key, value)
+
+    num_dims = max(query.ndim, key.ndim, value.ndim)
+    query, key, value = _with_same_batch(query, key, value)
+    query, key, value = _with_kv_heads(query, key, value, enable_gqa)
+    shape = (*query.shape[:-1], key.shape[-2])
+    mask: Causal | Tensor | None = Causal() if is_causal else None
+    if isinstance(attn_mask, CausalBias):
+        mask = _causal(attn_mask, shape)
+    elif attn_mask is not None:
+        mask = _four_dimensions(_checked_mask(attn_mask, query, shape, num_dims))
+    out = attention(*map(_four_dimensions, (query, key, value)), mask=mask, scale=scale, backend=backend)
+    if out.ndim == num_dims:
+        return out
+    return out.reshape((*shape[:-1], out.shape[-1])[len(shape) - num_dims :])
+
+
+def _is_torchs(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
+    if dropout_p > 0 or query.is_nested or key.is_nested or value.is_nested:
+        return True
+    return any(x.ndim >= 2 and (x.shape[-1] == 0 or (x.ndim > 2 and x.shape[-3] == 0)) for x in (query, key, value))
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """What torch refuses, in its order."""
+    tensors = (query, key, value)
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        got = ", ".join(str(x.dtype) for x in tensors)
+        raise RuntimeError(f"query, key and value must share one floating-point dtype, got {got}")
+    if not query.device == key.device == value.device:
+        raise RuntimeError(
+            f"query, key and value must share one device, got {', '.join(str(x.device) for x in tensors)}"
+        )
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+    if min(x.ndim for x in tensors) < 2:
+        raise RuntimeError(f"query, key and value must have two dimensions or more, got {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(f"query and key must have the same last dimension, got {shapes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(f"key and value must have equally many keys, got {shapes}")
+
+
+def _with_same_batch(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Four dimensions or more each, those before the heads expanded to the same sizes."""
+    first = tensors[0].shape[:-3]
+    if tensors[0].ndim > 3 and all(x.ndim > 3 and x.shape[:-3] == first for x in tensors[1:]):
+        return tensors
+    batch = torch.broadcast_shapes((1,), *(x.shape[:-3] for x in tensors))
+    wide = (x if x.ndim > 2 else x.unsqueeze(0) for x in tensors)
+    return tuple(x.expand(*batch, *x.shape[-3:]) for x in wide)
+
+
+def _with_kv_heads(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Equally many heads of ``key`` and ``value``, which divide those of ``query``."""
+    heads, key_heads, value_heads = (x.shape[-3] for x in (query, key, value))
+    if heads == key_heads == value_heads:
+        return query, key, value
+    if grouped:
+        if heads % key_heads or heads % value_heads:
+            raise RuntimeError(
+                f"heads of key and value must divide those of query, got {key_heads} and {value_heads} for {heads}"
+            )
+        common = math.lcm(key_heads, value_heads)
+        key, value = (
+            x if x.shape[-3] == common else x.repeat_interleave(common // x.shape[-3], -3) for x in (key, value)
+        )
+        return query, key, value
+    (all_heads,) = torch.broadcast_shapes((heads,), (key_heads,), (value_heads,))
+    # one key head for all is a group: only what differs is expanded
+    common = 1 if key_heads == value_heads == 1 else all_heads
+    query, key, value = (
+        x if x.shape[-3] == wanted else x.expand(*x.shape[:-3], wanted, *x.shape[-2:])
+        for x, wanted in ((query, all_heads), (key, common), (value, common))
+    )
+    return query, key, value
+
+
+def _causal(bias: CausalBias, shape: tuple[int, ...]) -> Causal:
+    size = (bias.seq_len_q, bias.seq_len_kv)
+    if bias.variant == CausalVariant.UPPER_LEFT or size[0] == size[1]:
+        return Causal()  # torch reads no sizes here either
+    if size != shape[-2:]:
+        raise RuntimeError(f"attn_mask is a CausalBias for {size} but the scores are {tuple(shape[-2:])}")
+    return Causal(size[1] - size[0])
+
+
+def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...], num_dims: int) -> Tensor:
+    """The mask with the batch dimensions of ``query``, or size 1 for all of them."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"attn_mask must be bool, float32 or {query.dtype}, got {mask.dtype}")
+    if mask.device != query.device:
+        raise RuntimeError(f"attn_mask must be on {query.device}, as query is, got {mask.device}")
+    expected = tuple(shape[len(shape) - num_dims :])
+    if not 2 <= mask.ndim <= num_dims or any(
+        have not in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
+    ):
+        raise RuntimeError(
+            f"attn_mask must broadcast to {expected} from two dimensions or more, got {tuple(mask.shape)}"
+        )
+    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + tuple(mask.shape))
+    batch = shape[:-3]
+    if len(batch) == 1 or all(size == 1 for size in mask.shape[:-3]):
+        return mask
+    return mask.expand(*batch, *mask.shape[-3:])
+
+
+def _four_dimensions(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 4 else tensor.reshape(math.prod(tensor.shape[:-3]), *tensor.shape[-3:])

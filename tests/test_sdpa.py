@@ -65,8 +65,8 @@ def _check(tensors, kwargs, floor=None):
 def test_torchs_sample_inputs(dtype):
     samples = list(_op_info().sample_inputs("cpu", dtype, requires_grad=False))
     assert len(samples) >= 25  # 25 in torch 2.13; none is left out
-    # scores in the hundreds and values of 9: the first is torch's own tolerance for them; a bfloat16 gradient comes from
-    # the sum of 8 products with an output of up to 9 that is rounded already, times keys of up to 9
+    # scores in the hundreds and values of 9: the first is torch's own tolerance for them; a bfloat16 gradient comes
+    # from the sum of 8 products with an output of up to 9 that is rounded already, times keys of up to 9
     floor = {torch.float32: 5e-5, torch.bfloat16: 2**-3}
     for sample in samples:
         _check((sample.input, *sample.args), sample.kwargs, floor.get(dtype))

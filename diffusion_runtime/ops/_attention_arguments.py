@@ -189,8 +189,10 @@ def _check_pages(table: Tensor, counts: Tensor, keys: Tensor) -> None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs nothing: on a GPU it would synchronise."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at values costs nothing: on a GPU it would synchronise; under vmap there is no one value."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu"
 
 
 def _counts(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor, most: int | None) -> Tensor:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffusion_runtime.ops._attention_backward import AttentionGradients, attention_backward_reference
+from diffusion_runtime.ops._attention_derivatives import call_attention
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 from diffusion_runtime.ops._attention_reference import attention_reference
-from diffusion_runtime.ops._registry import OpSpec
+from diffusion_runtime.ops._registry import BackendUnavailableError, OpSpec
 
 Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]  # out, logsumexp, laid out as outputs() has them
 
@@ -19,9 +21,12 @@ Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]  # out, logsumexp, lai
 def run_attention(problem: AttentionProblem, backend: str | None) -> tuple[Tensor, Tensor]:
     """Directly, or through the operator of ``_attention_library.py`` where torch must know what was done."""
     if _torch_is_watching(problem):
-        arguments = (*problem.to_operator(), backend or "auto")
-        out, logsumexp = torch.ops.diffusion_runtime.attention(*arguments)
-        return out, logsumexp
+        return call_attention(*problem.to_operator(), backend or "auto")
+    if forward_ad._current_level >= 0:
+        # dual numbers: the operator has no formula for them, but torch has one for each line of the reference
+        if backend not in (None, "reference"):
+            raise BackendUnavailableError(f"attention: backend {backend!r} has no forward-mode derivatives")
+        return attention_reference(problem)
     return resolve(problem, backend)(problem)
 
 
@@ -42,7 +47,11 @@ def run_backward(problem: AttentionProblem, backend: str | None, *tensors: Any) 
 
 def _torch_is_watching(problem: AttentionProblem) -> bool:
     """Whether a graph is traced, a transform is active, or gradients are wanted: eager calls need no operator."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return True
+    if forward_ad._current_level >= 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
         return True
     floats = (problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, problem.dense_mask)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)

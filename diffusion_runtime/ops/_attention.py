@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix, read_problem
+from diffusion_runtime.ops._attention_autocast import in_autocast_dtype
 from diffusion_runtime.ops._attention_backends import run_attention
 from diffusion_runtime.ops._attention_masks import AttentionMask
 
@@ -91,9 +92,3 @@ def attention(
     problem = read_problem(query, key, value, prefix, mask, lengths, scale, softcap)
     out, logsumexp = run_attention(problem, backend)
     return (out, logsumexp) if return_logsumexp else out
-
-
-def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to torch's own attention: inputs of 32 bits or fewer in its dtype."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from diffusion_runtime.ops._attention_autocast import outside_autocast
 from diffusion_runtime.ops._attention_backward import AttentionGradients, attention_backward_reference
 from diffusion_runtime.ops._attention_derivatives import call_attention
 from diffusion_runtime.ops._attention_problem import AttentionProblem
@@ -26,14 +27,14 @@ def run_attention(problem: AttentionProblem, backend: str | None) -> tuple[Tenso
         # dual numbers: the operator has no formula for them, but torch has one for each line of the reference
         if backend not in (None, "reference"):
             raise BackendUnavailableError(f"attention: backend {backend!r} has no forward-mode derivatives")
-        return attention_reference(problem)
-    return resolve(problem, backend)(problem)
+        return outside_autocast(problem.query.device, attention_reference, problem)
+    return run_backend(problem, backend)
 
 
-def resolve(problem: AttentionProblem, backend: str | None) -> Run:
+def run_backend(problem: AttentionProblem, backend: str | None) -> tuple[Tensor, Tensor]:
     query = problem.query
     run: Run = SPEC.resolve_call(query.device.type, query.dtype, backend, problem)
-    return run
+    return outside_autocast(query.device, run, problem)
 
 
 def run_backward(problem: AttentionProblem, backend: str | None, *tensors: Any) -> AttentionGradients:
@@ -41,7 +42,7 @@ def run_backward(problem: AttentionProblem, backend: str | None, *tensors: Any) 
     query = problem.query
     usable = backend if backend in (None, "auto", *(i.backend for i in SPEC_BACKWARD.implementations)) else "reference"
     run = SPEC_BACKWARD.resolve_call(query.device.type, query.dtype, usable, problem)
-    gradients: AttentionGradients = run(problem, *tensors)
+    gradients: AttentionGradients = outside_autocast(query.device, run, problem, *tensors)
     return gradients
 
 

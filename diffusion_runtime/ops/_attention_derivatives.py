@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusion_runtime.ops._attention_autocast import outside_autocast
 from diffusion_runtime.ops._attention_backward import attention_backward_reference
 from diffusion_runtime.ops._attention_folding import fold, folded, row_axis, unfold
 from diffusion_runtime.ops._attention_problem import AttentionProblem
@@ -18,18 +20,17 @@ _MASK, _TABLE = 7, 6
 
 def call_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator, in the form that torch accepts here: its transforms take no other than a Function."""
-    if torch._C._are_functorch_transforms_active():
-        found: tuple[Tensor, Tensor] = Attention.apply(*arguments)
-        return found
-    out, logsumexp = torch.ops.diffusion_runtime.attention(*arguments)
+    transformed = torch._C._are_functorch_transforms_active()
+    call: Callable[..., Any] = Attention.apply if transformed else torch.ops.diffusion_runtime.attention
+    out, logsumexp = call(*arguments)
     return out, logsumexp
 
 
 def _call_backward(*arguments: Any) -> Sequence[Tensor]:
-    if torch._C._are_functorch_transforms_active():
-        found: Sequence[Tensor] = AttentionBackward.apply(*arguments)
-        return found
-    gradients: list[Tensor] = torch.ops.diffusion_runtime.attention_backward(*arguments)
+    transformed = torch._C._are_functorch_transforms_active()
+    operator = torch.ops.diffusion_runtime.attention_backward
+    call: Callable[..., Any] = AttentionBackward.apply if transformed else operator
+    gradients: Sequence[Tensor] = call(*arguments)
     return gradients
 
 
@@ -71,10 +72,13 @@ def attention_backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor
     return tuple(gradients)
 
 
-def attention_vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
-    """One call for all that ``torch.vmap`` maps."""
+def attention_vmap(
+    info: Any, in_dims: Sequence[int | None], *arguments: Any, call: Callable[..., Any] | None = None
+) -> tuple[Any, Any]:
+    """One call for all that ``torch.vmap`` maps; the operator itself where torch maps the operator."""
     axis = row_axis(arguments)
-    results = call_attention(*folded(info.batch_size, in_dims, arguments))
+    call = torch.ops.diffusion_runtime.attention if call is None else call
+    results = call(*folded(info.batch_size, in_dims, arguments))
     return tuple(unfold(info.batch_size, x, axis) for x in results), (axis, axis)
 
 
@@ -95,25 +99,30 @@ def backward_backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         for place, value in zip(places, differentiable, strict=True):
             values[place] = value
         problem = AttentionProblem.from_operator(tuple(values[5:-1]))
-        found = attention_backward_reference(problem, *values[:5])
+        found = outside_autocast(values[0].device, attention_backward_reference, problem, *values[:5])
         present[:] = [i for i, x in enumerate(found) if x is not None]
         return tuple(x for x in found if x is not None)
 
-    results, pull = torch.func.vjp(formula, *(inputs[i] for i in places))
+    results, pull = torch.func.vjp(formula, *(inputs[i] for i in places))[:2]
     cotangents = (given[i] for i in present)
-    filled = tuple(torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(results, cotangents, strict=True))
+    filled = tuple(
+        torch.zeros_like(x) if g is None else g.to(x.dtype) for x, g in zip(results, cotangents, strict=True)
+    )
     found: list[Tensor | None] = [None] * len(inputs)
     for place, gradient in zip(places, pull(filled), strict=True):
         found[place] = gradient
     return tuple(found)
 
 
-def backward_vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+def backward_vmap(
+    info: Any, in_dims: Sequence[int | None], *arguments: Any, call: Callable[..., Any] | None = None
+) -> tuple[Any, Any]:
     """As :func:`attention_vmap`."""
     size, problem = info.batch_size, arguments[5:]
     axis = row_axis(problem)
     results = [x if x is None else fold(size, dim, x, axis) for x, dim in zip(arguments[:4], in_dims, strict=False)]
-    found = _call_backward(*results, arguments[4], *folded(size, in_dims[5:], problem))
+    call = torch.ops.diffusion_runtime.attention_backward if call is None else call
+    found = call(*results, arguments[4], *folded(size, in_dims[5:], problem))
     # one that is absent has one dimension
     axes = [None if x.ndim == 1 else axis if i < 3 else 0 for i, x in enumerate(found)]
     return tuple(x if a is None else unfold(size, x, a) for x, a in zip(found, axes, strict=True)), tuple(axes)
@@ -123,21 +132,21 @@ class Attention(torch.autograd.Function):
     """The operator for ``torch.func``."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         return call_attention(*arguments)
 
-    setup_context = staticmethod(attention_setup)  # type: ignore[assignment]
-    backward = staticmethod(attention_backward)  # type: ignore[assignment]
-    vmap = staticmethod(attention_vmap)  # type: ignore[assignment]
+    setup_context = staticmethod(attention_setup)
+    backward = staticmethod(attention_backward)
+    vmap = staticmethod(partial(attention_vmap, call=call_attention))
 
 
 class AttentionBackward(torch.autograd.Function):
     """The operator of its gradients for ``torch.func``."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         return tuple(_call_backward(*arguments))
 
-    setup_context = staticmethod(backward_setup)  # type: ignore[assignment]
-    backward = staticmethod(backward_backward)  # type: ignore[assignment]
-    vmap = staticmethod(backward_vmap)  # type: ignore[assignment]
+    setup_context = staticmethod(backward_setup)
+    backward = staticmethod(backward_backward)
+    vmap = staticmethod(partial(backward_vmap, call=_call_backward))

@@ -61,7 +61,8 @@ def fold_in_front(size: int, dim: int | None, value: Tensor, axis: int = 0) -> T
 
 def unfold(size: int, value: Tensor, axis: int) -> Tensor:
     """The inverse of :func:`fold`."""
-    return value.unflatten(axis, (size, value.shape[axis] // size))
+    unfolded: Tensor = value.unflatten(axis, (size, value.shape[axis] // size))
+    return unfolded
 
 
 def _fold_mask(size: int, dim: int | None, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.ops import _attention_derivatives as derivatives
-from diffusion_runtime.ops._attention_backends import resolve, run_backward
+from diffusion_runtime.ops._attention_backends import run_backend, run_backward
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 
 # the fields of AttentionProblem, in the order of its to_operator
@@ -23,8 +23,7 @@ _PROBLEM = (
 def _attention_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     *values, backend = arguments
     problem = AttentionProblem.from_operator(tuple(values))
-    out, logsumexp = resolve(problem, backend)(problem)
-    return out, logsumexp
+    return run_backend(problem, backend)
 
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 # kept under a name of our own, so that ours may be assigned to torch.nn.functional
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
-from diffusion_runtime.ops._attention import attention, in_autocast_dtype
+from diffusion_runtime.ops._attention import attention
+from diffusion_runtime.ops._attention_autocast import in_autocast_dtype
 from diffusion_runtime.ops._attention_masks import Causal
 from diffusion_runtime.ops._registry import BackendUnavailableError
 
@@ -108,13 +109,16 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise RuntimeError(
             f"query, key and value must share one device, got {', '.join(str(x.device) for x in tensors)}"
         )
-    shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
     if min(x.ndim for x in tensors) < 2:
-        raise RuntimeError(f"query, key and value must have two dimensions or more, got {shapes}")
+        raise RuntimeError(f"query, key and value must have two dimensions or more, got {_shapes(tensors)}")
     if query.shape[-1] != key.shape[-1]:
-        raise RuntimeError(f"query and key must have the same last dimension, got {shapes}")
+        raise RuntimeError(f"query and key must have the same last dimension, got {_shapes(tensors)}")
     if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(f"key and value must have equally many keys, got {shapes}")
+        raise RuntimeError(f"key and value must have equally many keys, got {_shapes(tensors)}")
+
+
+def _shapes(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(tuple(x.shape)) for x in tensors)
 
 
 def _with_same_batch(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -168,3 +168,11 @@ def test_checkpoint():
     expected = torch.autograd.grad(module(*tensors).square().sum(), tensors)
     got = torch.autograd.grad(checkpoint(module, *tensors, use_reentrant=False).square().sum(), tensors)
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_has_shapes_and_strides_without_memory():
+    query, key, value = (x.to("meta") for x in _tensors("plain"))
+    out, logsumexp = ops.attention(query, key, value, return_logsumexp=True)
+    real = ops.attention(*_tensors("plain"))
+    assert (out.shape, out.stride(), logsumexp.shape) == (real.shape, real.stride(), real.shape[:3])
+    assert ops.scaled_dot_product_attention(query, key, value, enable_gqa=True).shape == real.shape

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix, read_problem
-from diffusion_runtime.ops._attention_autocast import in_autocast_dtype
+from diffusion_runtime.ops._attention_autocast import in_autocast_dtype, is_autocast
 from diffusion_runtime.ops._attention_backends import run_attention
 from diffusion_runtime.ops._attention_masks import AttentionMask
 
@@ -87,7 +86,7 @@ def attention(
         TypeError: dtypes that differ or are not floating point.
         BackendUnavailableError: a named backend that cannot run this call.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast(query.device):
         query, key, value = in_autocast_dtype(query, key, value)
     problem = read_problem(query, key, value, prefix, mask, lengths, scale, softcap)
     out, logsumexp = run_attention(problem, backend)

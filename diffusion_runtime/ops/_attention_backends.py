@@ -21,13 +21,15 @@ Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]  # out, logsumexp, lai
 
 def run_attention(problem: AttentionProblem, backend: str | None) -> tuple[Tensor, Tensor]:
     """Directly, or through the operator of ``_attention_library.py`` where torch must know what was done."""
+    if _torch_takes_it_apart():
+        if backend not in (None, "auto", "reference"):
+            raise BackendUnavailableError(
+                f"attention: backend {backend!r} cannot run this call:\n"
+                "  forward-mode derivatives and compiled torch.func transforms are of the reference only"
+            )
+        return outside_autocast(problem.query.device, attention_reference, problem)
     if _torch_is_watching(problem):
         return call_attention(*problem.to_operator(), backend or "auto")
-    if forward_ad._current_level >= 0:
-        # dual numbers: the operator has no formula for them, but torch has one for each line of the reference
-        if backend not in (None, "reference"):
-            raise BackendUnavailableError(f"attention: backend {backend!r} has no forward-mode derivatives")
-        return outside_autocast(problem.query.device, attention_reference, problem)
     return run_backend(problem, backend)
 
 
@@ -46,13 +48,16 @@ def run_backward(problem: AttentionProblem, backend: str | None, *tensors: Any) 
     return gradients
 
 
+def _torch_takes_it_apart() -> bool:
+    """Whether torch has no formula for the operator here, but one for each line of the reference."""
+    if forward_ad._current_level >= 0:  # dual numbers
+        return True
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _torch_is_watching(problem: AttentionProblem) -> bool:
     """Whether a graph is traced, a transform is active, or gradients are wanted: eager calls need no operator."""
-    if torch.compiler.is_compiling():
-        return True
-    if forward_ad._current_level >= 0:
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     floats = (problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, problem.dense_mask)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)

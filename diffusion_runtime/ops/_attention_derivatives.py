@@ -133,7 +133,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-        return call_attention(*arguments)
+        out, logsumexp = torch.ops.diffusion_runtime.attention(*arguments)
+        return out, logsumexp
 
     setup_context = staticmethod(attention_setup)
     backward = staticmethod(attention_backward)
@@ -145,7 +146,7 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_call_backward(*arguments))
+        return tuple(torch.ops.diffusion_runtime.attention_backward(*arguments))
 
     setup_context = staticmethod(backward_setup)
     backward = staticmethod(backward_backward)

@@ -12,7 +12,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from diffusion_runtime.ops._attention import attention
-from diffusion_runtime.ops._attention_autocast import in_autocast_dtype
+from diffusion_runtime.ops._attention_autocast import in_autocast_dtype, is_autocast
 from diffusion_runtime.ops._attention_masks import Causal
 from diffusion_runtime.ops._registry import BackendUnavailableError
 
@@ -74,7 +74,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         error = ValueError if isinstance(attn_mask, CausalBias) else RuntimeError
         raise error("attn_mask and is_causal exclude each other, got both")
-    if torch.is_autocast_enabled(query.device.type):
+    if is_autocast(query.device):
         query, key, value = in_autocast_dtype(query, key, value)
     _check(query, key, value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import unittest
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from unittest.mock import patch
@@ -23,12 +24,14 @@ FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7}
 DTYPES = list(FLOOR)
 
 
+@cache
 def _op_info():
     """torch's own description of the function; its home imports expecttest, of which nothing is used here."""
-    stub = ModuleType("expecttest")
-    stub.TestCase = unittest.TestCase
-    absent = {} if find_spec("expecttest") else {"expecttest": stub}
-    with patch.dict(sys.modules, absent), warnings.catch_warnings():
+    if find_spec("expecttest") is None:
+        stub = ModuleType("expecttest")
+        stub.TestCase = unittest.TestCase
+        sys.modules["expecttest"] = stub
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
     (info,) = [op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention"]

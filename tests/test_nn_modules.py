@@ -207,17 +207,17 @@ def test_encoder_layer_takes_nested_tensors():
             ours(x, src_key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
 
 
-def test_nested_attention_has_gradients():
-    module = nn.MultiheadAttention(SIZE, HEADS, batch_first=True)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_nested_inputs_have_gradients(training, layout):
+    layer = nn.TransformerEncoderLayer(SIZE, HEADS, 16, dropout=0.0, batch_first=True).train(training)
     parts = [torch.randn(4, SIZE, requires_grad=True), torch.randn(2, SIZE, requires_grad=True)]
-    x = torch.nested.as_nested_tensor(parts)
-    nested = torch.cat(module(x, x, x, need_weights=False)[0].unbind())
-    alone = torch.cat([module(part, part, part, need_weights=False)[0] for part in parts])
+    nested = torch.cat(layer(torch.nested.as_nested_tensor(parts, layout=layout)).unbind())
+    alone = torch.cat([layer(part) for part in parts])
     torch.testing.assert_close(nested, alone)
-    for mine, expected in zip(
-        *(torch.autograd.grad(y.square().sum(), [*parts, module.in_proj_weight]) for y in (nested, alone)), strict=True
-    ):
-        torch.testing.assert_close(mine, expected)
+    used = [*parts, *layer.parameters()]
+    got, expected = (torch.autograd.grad(y.square().sum(), used) for y in (nested, alone))
+    torch.testing.assert_close(got, expected)
 
 
 MODULES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +18,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     whose second output is the ``[length, num_keys]`` matrix that a kernel exists to avoid, and every call that torch
     refuses, with torch's own error. Two things differ from torch: a query whose keys are all masked gives
     ``out_proj.bias`` in eval mode too, where torch's fast path gives NaN; and a nested input (self-attention, no mask)
-    is packed rather than padded, with or without gradients.
+    is packed rather than padded, in either layout, with or without gradients.
 
     ``module.backend`` names the backend of attention (see :func:`diffusion_runtime.ops.attention`); a named kernel
     does not run dropout. TorchScript cannot compile this class.
@@ -171,23 +173,31 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> bool:
-        """The nested inputs that torch's fast path takes."""
+        """The nested inputs that torch's fast path takes, in either layout and with gradients."""
+        jagged: Any = query if query.layout == torch.jagged else None
+        if jagged is not None and jagged.lengths() is not None:  # holes between the sequences
+            return False
         plain = self.batch_first and self._qkv_same_embed_dim and self.bias_k is None and not self.add_zero_attn
         unmasked = key_padding_mask is None and attn_mask is None and not is_causal
         drops = self.training and self.dropout > 0
         return plain and unmasked and not drops and query is key and key is value
 
-    def _forward_nested(self, x: Tensor) -> Tensor:
+    def _forward_nested(self, x: Any) -> Tensor:
+        if x.layout == torch.jagged:
+            out = self._forward_packed(x.values(), ops.Packed(x.offsets()))
+            return torch.nested.nested_tensor_from_jagged(out, offsets=x.offsets())
         parts = x.unbind()
-        lengths = torch.tensor([0, *(part.shape[0] for part in parts)])
-        # [1, all lengths, embed_dim]
-        packed = torch.cat(parts).unsqueeze(0)
-        heads = [self._heads(y) for y in self._project(packed, packed, packed)]
-        cu_seqlens = lengths.cumsum(0).to(packed.device)
-        sequences = ops.Packed(cu_seqlens, max_length=int(lengths.max()))
-        out = ops.attention(*heads, lengths=sequences, backend=self.backend)
-        out = functional.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        return torch.nested.as_nested_tensor(list(out[0].split(lengths[1:].tolist())), layout=x.layout)
+        lengths = [part.shape[0] for part in parts]
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(x.device)
+        out = self._forward_packed(torch.cat(parts), ops.Packed(cu_seqlens, max_length=max(lengths)))
+        return torch.nested.as_nested_tensor(list(out.split(lengths)))
+
+    def _forward_packed(self, x: Tensor, lengths: ops.Packed) -> Tensor:
+        """``[all lengths, embed_dim]`` in and out."""
+        x = x.unsqueeze(0)
+        q, k, v = (self._heads(y) for y in self._project(x, x, x))
+        out = ops.attention(q, k, v, lengths=lengths, backend=self.backend)
+        return functional.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)[0]
 
 
 def _is_mask(mask: Tensor) -> bool:

@@ -277,5 +277,5 @@ def test_rms_norm(dtype, kwargs, shape):
     theirs, ours = pair(nn.RMSNorm, torch.nn.RMSNorm, shape, dtype=dtype, **kwargs)
     for x in (torch.randn(2, 5, 8, dtype=dtype), torch.zeros(1, 5, 8, dtype=dtype), torch.zeros(0, 5, 8, dtype=dtype)):
         assert_same(
-            ours, theirs, "eval", (x,), {}, {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+            ours, theirs, "eval", (x,), {}, {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}[dtype]
         )

@@ -181,11 +181,10 @@ def test_skip():
 
 
 def test_a_named_backend_is_asked():
-    model = Model()
+    model = torch.nn.TransformerEncoderLayer(SIZE, HEADS, 16, dropout=0.0)
     nn.replace_modules(model, backend="triton")
     with (
         patch.object(_attention, "run_attention", side_effect=_attention.run_attention) as attention,
-        torch.no_grad(),
         suppress(ops.BackendUnavailableError),
     ):
         model(torch.randn(LENGTH, BATCH, SIZE))

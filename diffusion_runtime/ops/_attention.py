@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix, read_problem
 from diffusion_runtime.ops._attention_autocast import in_autocast_dtype, is_autocast
-from diffusion_runtime.ops._attention_backends import run_attention
+from diffusion_runtime.ops._attention_library import run_attention
 from diffusion_runtime.ops._attention_masks import AttentionMask
 
 

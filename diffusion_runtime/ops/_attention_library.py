@@ -6,10 +6,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffusion_runtime.ops import _attention_derivatives as derivatives
+from diffusion_runtime.ops._attention_autocast import outside_autocast
 from diffusion_runtime.ops._attention_backends import run_backend, run_backward
 from diffusion_runtime.ops._attention_problem import AttentionProblem
+from diffusion_runtime.ops._attention_reference import attention_reference
+from diffusion_runtime.ops._registry import BackendUnavailableError
+
+
+def run_attention(problem: AttentionProblem, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Directly, or through the operator where torch must know what was done."""
+    if _torch_takes_it_apart():
+        if backend not in (None, "auto", "reference"):
+            raise BackendUnavailableError(
+                f"attention: backend {backend!r} cannot run this call:\n"
+                "  forward-mode derivatives and compiled torch.func transforms are of the reference only"
+            )
+        return outside_autocast(problem.query.device, attention_reference, problem)
+    if _torch_is_watching(problem):
+        return derivatives.call_attention(*problem.to_operator(), backend or "auto")
+    return run_backend(problem, backend)
+
+
+def _torch_takes_it_apart() -> bool:
+    """Whether torch has no formula for the operator here, but one for each line of the reference."""
+    if forward_ad._current_level >= 0:  # dual numbers
+        return True
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _torch_is_watching(problem: AttentionProblem) -> bool:
+    """Whether a graph is traced, a transform is active, or gradients are wanted: eager calls need no operator."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    floats = (problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, problem.dense_mask)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    return wanted or type(problem.query) is not Tensor
+
 
 # the fields of AttentionProblem, in the order of its to_operator
 _PROBLEM = (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 # kept under a name of our own, so that ours may be assigned to torch.nn.functional
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
@@ -15,6 +15,9 @@ from diffusion_runtime.ops._attention import attention
 from diffusion_runtime.ops._attention_autocast import in_autocast_dtype, is_autocast
 from diffusion_runtime.ops._attention_masks import Causal
 from diffusion_runtime.ops._registry import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 
 def scaled_dot_product_attention(
@@ -71,8 +74,9 @@ def scaled_dot_product_attention(
                 "  torch alone runs dropout, nested tensors, no heads and a head size of 0"
             )
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    bias = _causal_bias(attn_mask)
     if attn_mask is not None and is_causal:
-        error = ValueError if isinstance(attn_mask, CausalBias) else RuntimeError
+        error = RuntimeError if bias is None else ValueError
         raise error("attn_mask and is_causal exclude each other, got both")
     if is_autocast(query.device):
         query, key, value = in_autocast_dtype(query, key, value)
@@ -83,8 +87,8 @@ def scaled_dot_product_attention(
     query, key, value = _with_kv_heads(query, key, value, enable_gqa)
     shape = (*query.shape[:-1], key.shape[-2])
     mask: Causal | Tensor | None = Causal() if is_causal else None
-    if isinstance(attn_mask, CausalBias):
-        mask = _causal(attn_mask, shape)
+    if bias is not None:
+        mask = _causal(bias, shape)
     elif attn_mask is not None:
         mask = _four_dimensions(_checked_mask(attn_mask, query, shape, num_dims))
     out = attention(*map(_four_dimensions, (query, key, value)), mask=mask, scale=scale, backend=backend)
@@ -156,7 +160,18 @@ def _with_kv_heads(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> 
     return query, key, value
 
 
+def _causal_bias(mask: Tensor | None) -> CausalBias | None:
+    if mask is None or type(mask) in (Tensor, torch.nn.Parameter):
+        return None
+    # only for a subclass, which may be one: this import brings the compiler, and takes most of a second
+    from torch.nn.attention.bias import CausalBias
+
+    return mask if isinstance(mask, CausalBias) else None
+
+
 def _causal(bias: CausalBias, shape: tuple[int, ...]) -> Causal:
+    from torch.nn.attention.bias import CausalVariant
+
     size = (bias.seq_len_q, bias.seq_len_kv)
     if bias.variant == CausalVariant.UPPER_LEFT or size[0] == size[1]:
         return Causal()  # torch reads no sizes here either

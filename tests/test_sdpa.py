@@ -7,11 +7,13 @@ import unittest
 import warnings
 from functools import cache
 from importlib.util import find_spec
+from random import Random
 from types import ModuleType
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
@@ -224,3 +226,41 @@ def test_refuses_other_kinds():
             function(X, X, X, None, 0.0, False, 0.5)
         with pytest.raises(ValueError, match=r"CausalBias|exclude"):
             function(X, X, X, causal_upper_left(3, 3), is_causal=True)
+
+
+def _random_call(random):
+    """Any sizes, some of them 0, some broadcast, some wrong."""
+    full = [random.choice([1, 2, 3]) for _ in range(random.choice([0, 1, 2, 2, 3]))] + [random.choice([1, 2, 4])]
+    length, num_keys, size = random.choice([0, 1, 3, 4]), random.choice([0, 1, 3, 5]), random.choice([1, 4, 8])
+
+    def tensor(*last):
+        dims = random.choice([len(full)] * 4 + [len(full) - 1, 0])
+        return torch.randn(*(random.choice([x, x, x, 1]) for x in full[len(full) - dims :]), *last)
+
+    more = random.random() < 0.03
+    tensors = [tensor(length, size), tensor(num_keys, size), tensor(num_keys + more, random.choice([1, 4, 8]))]
+    kwargs = {"enable_gqa": random.random() < 0.3, "is_causal": random.random() < 0.3}
+    if not kwargs["is_causal"] and random.random() < 0.6:
+        wanted = [*full, length, num_keys]
+        shape = [random.choice([x, x, 1]) for x in wanted][-random.choice([1, 2, 3, len(wanted)]) :]
+        shape += [7] if random.random() < 0.05 else []
+        kwargs["attn_mask"] = torch.randn(shape) if random.random() < 0.5 else torch.rand(shape) > 0.4
+    return tensors, kwargs | ({"scale": random.choice([0.0, -1.0, 2.0])} if random.random() < 0.2 else {})
+
+
+def test_2000_random_calls():
+    """What torch's own formula gives, ours gives; what it refuses, ours refuses."""
+    random, refused = Random(0), 0
+    for _ in range(2000):
+        tensors, kwargs = _random_call(random)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                expected = torch_attention(*tensors, **kwargs)
+        except (RuntimeError, IndexError):  # the second is of torch counting dimensions
+            refused += 1
+            with pytest.raises((RuntimeError, IndexError)):
+                scaled_dot_product_attention(*tensors, **kwargs)
+        else:
+            got = scaled_dot_product_attention(*tensors, **kwargs)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert 100 < refused < 700

@@ -81,7 +81,7 @@ def replace_modules(
     for module in report.swapped.values():
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
-            if backend is not None and not isinstance(module, nn.TransformerEncoderLayer):
+            if backend is not None and hasattr(type(module), "backend"):
                 module.backend = backend  # type: ignore[assignment]
     return report
 

@@ -13,8 +13,6 @@ class RMSNorm(nn.RMSNorm):
     weight, see :class:`LlamaRMSNorm`.
     """
 
-    backend: str | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         """``[..., *normalized_shape]`` in, the same shape out."""
         return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -37,7 +37,7 @@ def scaled_dot_product_attention(
     A query that may attend to nothing gives 0. Differentiable. Precision is that of
     :func:`diffusion_runtime.ops.attention`. Leading dimensions broadcast against each other as in ``torch.matmul``,
     without copies up to four dimensions. torch's own function runs what the kernels do not define: dropout (which
-    reads torch's generator, draw for draw as torch does), nested tensors, no heads, and a size 0 of a head.
+    reads torch's generator, draw for draw as torch does), nested tensors, and tensors without elements.
 
     Args:
         query: ``[..., heads, length, head_dim]``, two dimensions or more.
@@ -45,7 +45,7 @@ def scaled_dot_product_attention(
         value: ``[..., kv_heads, num_keys, value_dim]``.
         attn_mask: broadcasts to ``[..., heads, length, num_keys]``: bool, True where a query attends, or float (of the
             dtype of ``query``, or float32) and added to the scores; or a ``torch.nn.attention.bias.CausalBias``, which
-            becomes a rule without a tensor. Two dimensions or more.
+            becomes a rule without a tensor.
         dropout_p: probability that a weight is dropped, applied whenever it is above 0.
         is_causal: query ``i`` attends to keys ``0`` to ``i`` (aligned to the upper left), without a tensor.
         scale: defaults to ``head_dim ** -0.5``.
@@ -67,12 +67,13 @@ def scaled_dot_product_attention(
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"dropout_p must be from 0 to 1, got {dropout_p}")
-    if _is_torchs(query, key, value, dropout_p):
-        if backend not in (None, "reference"):
-            raise BackendUnavailableError(
-                f"scaled_dot_product_attention: backend {backend!r} cannot run this call:\n"
-                "  torch alone runs dropout, nested tensors, no heads and a head size of 0"
-            )
+    only_torch = dropout_p > 0 or query.is_nested or key.is_nested or value.is_nested
+    if only_torch and backend not in (None, "auto", "reference"):
+        raise BackendUnavailableError(
+            f"scaled_dot_product_attention: backend {backend!r} cannot run this call:\n"
+            "  torch alone runs dropout and nested tensors"
+        )
+    if only_torch or 0 in (query.numel(), key.numel(), value.numel()):
         return torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     bias = _causal_bias(attn_mask)
     if attn_mask is not None and is_causal:
@@ -80,7 +81,9 @@ def scaled_dot_product_attention(
         raise error("attn_mask and is_causal exclude each other, got both")
     if is_autocast(query.device):
         query, key, value = in_autocast_dtype(query, key, value)
-    _check(query, key, value)
+    _check(query, key, value, enable_gqa)
+    if attn_mask is not None and bias is None:
+        _check_mask(attn_mask, query, key, enable_gqa)
 
     num_dims = max(query.ndim, key.ndim, value.ndim)
     query, key, value = _with_same_batch(query, key, value)
@@ -90,20 +93,14 @@ def scaled_dot_product_attention(
     if bias is not None:
         mask = _causal(bias, shape)
     elif attn_mask is not None:
-        mask = _four_dimensions(_checked_mask(attn_mask, query, shape, num_dims))
+        mask = _four_dimensions(_with_batch_of(attn_mask, shape))
     out = attention(*map(_four_dimensions, (query, key, value)), mask=mask, scale=scale, backend=backend)
     if out.ndim == num_dims:
         return out
     return out.reshape((*shape[:-1], out.shape[-1])[len(shape) - num_dims :])
 
 
-def _is_torchs(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> bool:
-    if dropout_p > 0 or query.is_nested or key.is_nested or value.is_nested:
-        return True
-    return any(x.ndim >= 2 and (x.shape[-1] == 0 or (x.ndim > 2 and x.shape[-3] == 0)) for x in (query, key, value))
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> None:
     """What torch refuses, in its order."""
     tensors = (query, key, value)
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
@@ -113,8 +110,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise RuntimeError(
             f"query, key and value must share one device, got {', '.join(str(x.device) for x in tensors)}"
         )
-    if min(x.ndim for x in tensors) < 2:
-        raise RuntimeError(f"query, key and value must have two dimensions or more, got {_shapes(tensors)}")
+    if min(x.ndim for x in tensors) < (3 if grouped else 2):
+        least = "three dimensions (of heads)" if grouped else "two dimensions"
+        raise RuntimeError(f"query, key and value must have {least} or more, got {_shapes(tensors)}")
     if query.shape[-1] != key.shape[-1]:
         raise RuntimeError(f"query and key must have the same last dimension, got {_shapes(tensors)}")
     if key.shape[-2] != value.shape[-2]:
@@ -180,23 +178,24 @@ def _causal(bias: CausalBias, shape: tuple[int, ...]) -> Causal:
     return Causal(size[1] - size[0])
 
 
-def _checked_mask(mask: Tensor, query: Tensor, shape: tuple[int, ...], num_dims: int) -> Tensor:
-    """The mask with the batch dimensions of ``query``, or size 1 for all of them."""
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor, grouped: bool) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor, got {type(mask).__name__}")
     if mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"attn_mask must be bool, float32 or {query.dtype}, got {mask.dtype}")
     if mask.device != query.device:
         raise RuntimeError(f"attn_mask must be on {query.device}, as query is, got {mask.device}")
-    expected = tuple(shape[len(shape) - num_dims :])
-    if not 2 <= mask.ndim <= num_dims or any(
-        have not in (1, want) for have, want in zip(reversed(mask.shape), reversed(shape), strict=False)
-    ):
-        raise RuntimeError(
-            f"attn_mask must broadcast to {expected} from two dimensions or more, got {tuple(mask.shape)}"
-        )
-    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + tuple(mask.shape))
-    batch = shape[:-3]
+    heads = (*key.shape[:-3], query.shape[-3]) if grouped else key.shape[:-2]
+    scores = (*torch.broadcast_shapes(query.shape[:-2], heads), query.shape[-2], key.shape[-2])
+    fits = all(have in (1, want) for have, want in zip(reversed(mask.shape), reversed(scores), strict=False))
+    if not fits or mask.ndim > len(scores):
+        raise RuntimeError(f"attn_mask must broadcast to {tuple(scores)}, got {tuple(mask.shape)}")
+
+
+def _with_batch_of(mask: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """The mask with all dimensions of the scores, and the size of those before the heads where there are many."""
+    mask = mask.reshape((1,) * (len(scores) - mask.ndim) + tuple(mask.shape))
+    batch = scores[:-3]
     if len(batch) == 1 or all(size == 1 for size in mask.shape[:-3]):
         return mask
     return mask.expand(*batch, *mask.shape[-3:])

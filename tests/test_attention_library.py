@@ -18,6 +18,16 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(call_of(arguments, places), leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradients_of_one_output(output):
+    arguments = arguments_of("softcap, mask")
+    places = differentiable(arguments)
+    leaves = [arguments[i].clone().requires_grad_() for i in places if output == 0 or i != 2]
+    function = call_of(arguments, [i for i in places if output == 0 or i != 2])
+    assert torch.autograd.gradcheck(lambda *x: function(*x)[output], leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: function(*x)[output], leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("name", ["plain", "packed, prefix", "paged", "softcap", "float mask", "mask per-sequence"])
 def test_gradients_of_gradients(name):
     arguments = arguments_of(name)

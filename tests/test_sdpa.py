@@ -128,6 +128,16 @@ def test_masks_broadcast_over_many_dimensions(shape):
     _check(_tensors(SHAPES["five, broadcast"]), {"attn_mask": torch.randn(shape)})
 
 
+def test_a_mask_for_all_is_not_copied():
+    tensors, mask = _tensors(SHAPES["five dimensions"]), torch.randn(3, 5)
+    module = sys.modules["diffusion_runtime.ops._scaled_dot_product_attention"]
+    with patch.object(module, "attention", side_effect=ops.attention) as attention:
+        scaled_dot_product_attention(*tensors, mask)
+    passed = attention.call_args.kwargs["mask"]
+    assert passed.numel() == mask.numel()
+    assert passed.data_ptr() == mask.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 2, 2), (4, 4, 4), (4, 1, 1), (6, 2, 3), (4, 4, 1)], ids=str)
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)], ids=str)

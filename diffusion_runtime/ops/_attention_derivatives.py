@@ -35,6 +35,7 @@ def _call_backward(*arguments: Any) -> Sequence[Tensor]:
 
 
 def _save(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor] = ()) -> None:
+    ctx.set_materialize_grads(False)  # most calls use no logsumexp: None rather than zeros
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *output)
     ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""``torch.nn.RMSNorm`` over our ops."""
+"""``torch.nn.RMSNorm``, computed by torch's own function."""
 
 from __future__ import annotations
 

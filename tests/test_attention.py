@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion_runtime import ops
-from diffusion_runtime.nn import RMSNorm, apply_rotary, rotary_table
+from diffusion_runtime.nn import LlamaRMSNorm, apply_rotary, rotary_table
 from diffusion_runtime.testing import assert_as_accurate
 
 
@@ -156,7 +156,7 @@ def test_rejects_other_dtypes_and_backends():
 
 
 def test_rms_norm_rounds_before_the_weight():
-    norm = RMSNorm(8, 1e-5).bfloat16()
+    norm = LlamaRMSNorm(8, 1e-5).bfloat16()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 8))
     x = torch.randn(3, 8).bfloat16()

@@ -10,7 +10,7 @@ from backends import ALL, KERNELS, run_op
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from diffusion_runtime import ops
-from diffusion_runtime.nn import RMSNorm
+from diffusion_runtime.nn import LlamaRMSNorm
 from diffusion_runtime.ops._rms_norm import Norm, rms_norm_reference
 from diffusion_runtime.testing import assert_as_accurate
 
@@ -221,7 +221,7 @@ def test_operator_registration(weight):
 
 
 def test_compiles_without_a_graph_break():
-    norm = RMSNorm(24, 1e-6)
+    norm = LlamaRMSNorm(24, 1e-6)
     x = torch.randn(2, 5, 24, requires_grad=True)
     compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), norm(x))
@@ -230,7 +230,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_the_module_is_llamas_norm():
-    norm = RMSNorm(64, 1e-5).bfloat16()
+    norm = LlamaRMSNorm(64, 1e-5).bfloat16()
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(10, 64).bfloat16()
     expected = ops.rms_norm(x, norm.weight, eps=1e-5, round_before_weight=True, backend="reference")

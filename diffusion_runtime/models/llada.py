@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_runtime import ops
-from diffusion_runtime.nn import RMSNorm, apply_rotary, rotary_table
+from diffusion_runtime.nn import LlamaRMSNorm, apply_rotary, rotary_table
 
 # keys that change the mathematics, and the only value of each that this file implements
 _FIXED = {
@@ -110,12 +110,12 @@ class _Block(nn.Module):
         width, hidden = config.d_model, config.mlp_hidden_size
         self.head_dim = width // config.n_heads
         kv_width = self.head_dim * (config.n_kv_heads or config.n_heads)
-        self.attn_norm = RMSNorm(width, config.rms_norm_eps)
+        self.attn_norm = LlamaRMSNorm(width, config.rms_norm_eps)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
-        self.ff_norm = RMSNorm(width, config.rms_norm_eps)
+        self.ff_norm = LlamaRMSNorm(width, config.rms_norm_eps)
         self.ff_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, width, bias=False)
@@ -149,7 +149,7 @@ class LLaDA(nn.Module):
             {
                 "wte": nn.Embedding(embedding_size, config.d_model),
                 "blocks": nn.ModuleList(_Block(config) for _ in range(config.n_layers)),
-                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+                "ln_f": LlamaRMSNorm(config.d_model, config.rms_norm_eps),
             }
         )
         if not config.weight_tying:

@@ -1,6 +1,19 @@
 """Modules over ops: drop-ins for PyTorch's, and the parts that model families are made of."""
 
-from diffusion_runtime.nn.norm import RMSNorm
+from diffusion_runtime.nn.multihead_attention import MultiheadAttention
+from diffusion_runtime.nn.norm import LlamaRMSNorm
+from diffusion_runtime.nn.replace_modules import Replacement, replace_modules
 from diffusion_runtime.nn.rotary import apply_rotary, rotary_table
+from diffusion_runtime.nn.torch_norm import RMSNorm
+from diffusion_runtime.nn.transformer_encoder_layer import TransformerEncoderLayer
 
-__all__ = ["RMSNorm", "apply_rotary", "rotary_table"]
+__all__ = [
+    "LlamaRMSNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Replacement",
+    "TransformerEncoderLayer",
+    "apply_rotary",
+    "replace_modules",
+    "rotary_table",
+]

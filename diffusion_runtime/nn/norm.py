@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffusion_runtime import ops
 
 
-class RMSNorm(nn.Module):
+class LlamaRMSNorm(nn.Module):
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension.
 
     The mean and the division are in float32, the result is rounded to the dtype of ``x`` *before* it is multiplied

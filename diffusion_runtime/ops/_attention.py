@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix, read_problem
-from diffusion_runtime.ops._attention_backends import run_attention
+from diffusion_runtime.ops._attention_autocast import in_autocast_dtype, is_autocast
+from diffusion_runtime.ops._attention_library import run_attention
 from diffusion_runtime.ops._attention_masks import AttentionMask
 
 
@@ -86,14 +86,8 @@ def attention(
         TypeError: dtypes that differ or are not floating point.
         BackendUnavailableError: a named backend that cannot run this call.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query, key, value)
+    if is_autocast(query.device):
+        query, key, value = in_autocast_dtype(query, key, value)
     problem = read_problem(query, key, value, prefix, mask, lengths, scale, softcap)
     out, logsumexp = run_attention(problem, backend)
     return (out, logsumexp) if return_logsumexp else out
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to torch's own attention: inputs of 32 bits or fewer in its dtype."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)

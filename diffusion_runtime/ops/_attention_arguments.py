@@ -104,7 +104,7 @@ def read_problem(
         cu_seqlens_k=cu_seqlens_k,
         max_length=max_length,
         visible=visible,
-        scale=_number("scale", query.shape[-1] ** -0.5 if scale is None else scale),
+        scale=query.shape[-1] ** -0.5 if scale is None else _number("scale", scale),
         softcap=_number("softcap", 0.0 if softcap is None else softcap, positive=softcap is not None),
     )
 
@@ -147,7 +147,8 @@ def _prefix(
                 f"pool must be [2, num_pages, kv_heads, page_size, head_dim], got {tuple(prefix.pool.shape)}"
             )
         keys, values = prefix.pool.unbind(0)
-        rows, what = keys.shape[0], "num_pages"
+        rows: int = keys.shape[0]
+        what: int | str = "num_pages"
         if prefix.table.ndim != 2:
             raise ValueError(f"table must be [{sequences}, max_pages], got {tuple(prefix.table.shape)}")
         table = _counts("table", prefix.table, (sequences, prefix.table.shape[1]), query, None)
@@ -159,7 +160,7 @@ def _prefix(
                 f"the prefix must be [batch, kv_heads, capacity, head_dim], got {tuple(keys.shape)} and "
                 f"{tuple(values.shape)}"
             )
-        rows, what, capacity = sequences, str(sequences), keys.shape[2]
+        rows, what, capacity = sequences, sequences, keys.shape[2]
     else:
         raise TypeError(f"prefix must be Prefix or PagedPrefix, got {type(prefix).__name__}")
     _check_kind(query, **{"the prefix's key": keys, "the prefix's value": values})
@@ -189,8 +190,10 @@ def _check_pages(table: Tensor, counts: Tensor, keys: Tensor) -> None:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether looking at values costs nothing: on a GPU it would synchronise."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at values costs nothing: on a GPU it would synchronise; under vmap there is no one value."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu"
 
 
 def _counts(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor, most: int | None) -> Tensor:

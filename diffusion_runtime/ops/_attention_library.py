@@ -6,9 +6,39 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from diffusion_runtime.ops._attention_backends import resolve, run_backward
+from diffusion_runtime.ops import _attention_derivatives as derivatives
+from diffusion_runtime.ops._attention_autocast import outside_autocast
+from diffusion_runtime.ops._attention_backends import run_backend, run_backward
 from diffusion_runtime.ops._attention_problem import AttentionProblem
+from diffusion_runtime.ops._attention_reference import attention_reference
+from diffusion_runtime.ops._registry import BackendUnavailableError
+from diffusion_runtime.ops._torch_is_watching import torch_is_watching
+
+
+def run_attention(problem: AttentionProblem, backend: str | None) -> tuple[Tensor, Tensor]:
+    """Directly, or through the operator where torch must know what was done."""
+    if _torch_takes_it_apart():
+        if backend not in (None, "auto", "reference"):
+            raise BackendUnavailableError(
+                f"attention: backend {backend!r} cannot run this call:\n"
+                "  forward-mode derivatives and compiled torch.func transforms are of the reference only"
+            )
+        return outside_autocast(problem.query.device, attention_reference, problem)
+    if torch_is_watching(
+        problem.query, problem.key, problem.value, problem.prefix_key, problem.prefix_value, problem.dense_mask
+    ):
+        return derivatives.call_attention(*problem.to_operator(), backend or "auto")
+    return run_backend(problem, backend)
+
+
+def _torch_takes_it_apart() -> bool:
+    """Whether torch has no formula for the operator here, but one for each line of the reference."""
+    if forward_ad._current_level >= 0:  # dual numbers
+        return True
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
 
 # the fields of AttentionProblem, in the order of its to_operator
 _PROBLEM = (
@@ -17,14 +47,12 @@ _PROBLEM = (
     "Tensor? cu_seqlens_k, Tensor? chosen, int left, int right, int block, int prefix_window, int offset, "
     "SymInt max_length, float scale, float softcap, str backend"
 )
-_DIFFERENTIABLE = (0, 1, 2, 3, 4, 7)  # of the arguments, in the order of AttentionGradients
 
 
 def _attention_operator(*arguments: Any) -> tuple[Tensor, Tensor]:
     *values, backend = arguments
     problem = AttentionProblem.from_operator(tuple(values))
-    out, logsumexp = resolve(problem, backend)(problem)
-    return out, logsumexp
+    return run_backend(problem, backend)
 
 
 def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -53,35 +81,6 @@ def _backward_fake(
     return [*found, out.new_empty(0) if mask is None else logsumexp.new_empty(mask.shape)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    if inputs[6] is not None and (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
-        raise ValueError("the pool of a PagedPrefix takes no gradients: detach it")
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.rest = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.places = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, out, logsumexp = ctx.saved_tensors
-    inputs = list(ctx.rest)
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        inputs[place] = tensor
-    mask = inputs[7]
-    mask_gradient = mask is not None and mask.dtype != torch.bool and ctx.needs_input_grad[7]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    found = torch.ops.diffusion_runtime.attention_backward(
-        out, logsumexp, grad_out, grad_logsumexp, mask_gradient, *inputs
-    )
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for place, gradient in zip(_DIFFERENTIABLE, found, strict=True):
-        if ctx.needs_input_grad[place]:
-            gradients[place] = gradient
-    if mask_gradient:
-        gradients[7] = found[5].to(mask.dtype)
-    return tuple(gradients)
-
-
 torch.library.define("diffusion_runtime::attention", f"({_PROBLEM}) -> (Tensor, Tensor)")
 torch.library.impl("diffusion_runtime::attention", "CompositeExplicitAutograd", _attention_operator)
 torch.library.register_fake("diffusion_runtime::attention", _attention_fake)
@@ -92,4 +91,11 @@ torch.library.define(
 )
 torch.library.impl("diffusion_runtime::attention_backward", "CompositeExplicitAutograd", _backward_operator)
 torch.library.register_fake("diffusion_runtime::attention_backward", _backward_fake)
-torch.library.register_autograd("diffusion_runtime::attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "diffusion_runtime::attention", derivatives.attention_backward, setup_context=derivatives.attention_setup
+)
+torch.library.register_autograd(
+    "diffusion_runtime::attention_backward", derivatives.backward_backward, setup_context=derivatives.backward_setup
+)
+torch.library.register_vmap("diffusion_runtime::attention", derivatives.attention_vmap)
+torch.library.register_vmap("diffusion_runtime::attention_backward", derivatives.backward_vmap)

@@ -124,3 +124,27 @@ def test_transformers_processors():
     ):
         warped = warper(input_ids[:1], warped)
     assert follows(token, warped[0].softmax(-1))
+
+
+def test_canvas():
+    page = functions("drop_in.md")
+    query, key, value = torch.randn(2, 4, 8, 32), *torch.randn(2, 2, 2, 8, 32)
+    past = torch.randn(2, 2, 2, 20, 32)
+    for count in (20, 13):
+        joined = (torch.cat((x[:, :, :count], y), 2) for x, y in zip(past, (key, value), strict=True))
+        expected = torch.nn.functional.scaled_dot_product_attention(query, *joined, enable_gqa=True)
+        got = page.canvas_attention(query, key, value, *past, None if count == 20 else torch.tensor([count, count]))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_swap(capsys):
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 9, 32)
+    expected = model(x)
+    report = functions("drop_in.md").swap(model)
+    assert type(model.layers[1].self_attn).__module__.startswith("diffusion_runtime")
+    assert "layers.1.self_attn" in capsys.readouterr().out
+    torch.testing.assert_close(model(x), expected)
+    report.undo()
+    assert type(model.layers[1].self_attn) is torch.nn.MultiheadAttention

@@ -88,6 +88,11 @@ def test_a_query_alone_gets_the_same_bits(dim):
     assert torch.equal(alone[0], out[:, 3:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_window_alone_gets_the_same_bits(dtype):
+    attention_cases.check_windows("cpp", dtype)
+
+
 def test_threads_change_no_bit():
     query, key, value, prefix = _joint(16, 16, 100, 150)
     before = torch.get_num_threads()

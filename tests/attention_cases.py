@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,14 @@ def _float_mask(dim: int):
     return *_qkv(2, 4, 2, 20, 33, dim), {"mask": mask, "softcap": 1.5}
 
 
+def _hidden_key(dim: int, dtype: torch.dtype):
+    query, key, value = _qkv(1, 4, 2, 20, 33, dim)
+    key[:, :, 7], key[:, :, 20] = NAN, torch.inf
+    mask = torch.rand(20, 33) < 0.5
+    mask[:, [7, 20]] = False
+    return query, key, value, {"mask": mask if dtype == torch.bool else torch.where(mask, 1.0, -torch.inf)}
+
+
 def _strided(dim: int):
     query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in _qkv(2, 6, 3, 19, 41, dim))
     wide = torch.randn(2, 3, 41, 2 * dim)
@@ -179,6 +188,8 @@ _PLAIN: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "lengths": _lengths,
     "bool-mask": _bool_mask,
     "float-mask": _float_mask,
+    "hidden-key": partial(_hidden_key, dtype=torch.bool),
+    "hidden-key-float": partial(_hidden_key, dtype=torch.float32),
     "strided": _strided,
     "softcap": lambda dim: (*_qkv(2, 2, 2, 18, 50, dim), {"softcap": 0.7}),
     "softcap-large": lambda dim: (*_qkv(1, 2, 2, 18, 50, dim), {"softcap": 30.0, "scale": 40.0}),

@@ -84,7 +84,8 @@ def test_is_what_the_words_say(name):
                     scores = softcap * (scores / softcap).tanh()
                 if isinstance(mask, torch.Tensor):
                     row = mask.expand(*query.shape[:3], key.shape[2])[at, h, i]
-                    scores = scores.masked_fill(~row, -torch.inf) if mask.dtype == torch.bool else scores + row
+                    hidden = ~row if mask.dtype == torch.bool else row == -torch.inf
+                    scores = (scores if mask.dtype == torch.bool else scores + row).masked_fill(hidden, -torch.inf)
                 else:
                     seen = [_sees(mask, p, position, prefix, b) for position in range(len(scores))]
                     scores = scores.masked_fill(~torch.tensor(seen, dtype=torch.bool), -torch.inf)

@@ -84,7 +84,8 @@ def scores_of(problem: AttentionProblem, keys: Keys, rows: slice) -> tuple[Tenso
         scores, slope = problem.softcap * bent, 1 - bent.square()
     if (mask := problem.dense_mask) is not None:
         mask = mask[:, :, rows].unflatten(1, (keys.key.shape[1], -1))
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        hidden = ~mask if mask.dtype == torch.bool else mask == -torch.inf  # of such a key not even NaN counts
+        scores = (scores if mask.dtype == torch.bool else scores + mask).masked_fill(hidden, -torch.inf)
     return scores.masked_fill(~_seen(problem, keys, rows)[:, None, None], -torch.inf), slope
 
 

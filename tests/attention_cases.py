@@ -36,6 +36,11 @@ def mapped(change: Callable[[Tensor], Tensor], what: Any) -> Any:
     return what
 
 
+def to(case: Case, device: torch.device | str) -> Case:
+    """The same on another device."""
+    return Case(*mapped(lambda x: x.to(device), tuple(case)))
+
+
 def run(case: Case, backend: str) -> tuple[Tensor, Tensor]:
     return ops.attention(*case[:3], **case.kwargs, return_logsumexp=True, backend=backend)
 
@@ -46,7 +51,7 @@ def _double(x: Tensor) -> Tensor:
 
 def check(case: Case, backend: str, device: torch.device | str = "cpu") -> None:
     """Hold a backend to the reference in float64, ``-inf`` to ``-inf``."""
-    got_out, got_sums = (x.cpu() for x in run(Case(*mapped(lambda x: x.to(device), tuple(case))), backend))
+    got_out, got_sums = (x.cpu() for x in run(to(case, device), backend))
     out, sums = run(case, "reference")
     true_out, true_sums = run(Case(*mapped(_double, tuple(case))), "reference")
     assert got_out.dtype == case.query.dtype
@@ -266,7 +271,7 @@ def check_invariant(
     """The same bits of a request in every arrangement; the reference is as invariant as torch's products."""
     expected: list[Tensor] = []
     for name, one, pick in arrangements(mask, dtype, dim):
-        got = [pick(x) for x in run(Case(*mapped(lambda x: x.to(device), tuple(one))), backend)]
+        got = [pick(x) for x in run(to(one, device), backend)]
         expected = expected or got
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b[:, : a.shape[1]], rtol=0, atol=tolerance, msg=f"{name} differs")

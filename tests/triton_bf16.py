@@ -1,9 +1,9 @@
 """Makes bfloat16 usable in Triton's interpreter. For the test suite only.
 
 The interpreter keeps bfloat16 as raw uint16 and computes on those bits, so that ``+``, ``-``, ``*`` and ``tl.dot`` are
-silently wrong, and its cast from float32 truncates where hardware and torch round to nearest even. Three methods of the
-interpreter are wrapped so that they go through float32 and round. A fourth wrap lets a loop bound known only at run
-time be an index, which triton 3.6 fails to do under numpy 2.4 and later.
+silently wrong, and its cast from float32 truncates where hardware and torch round to nearest even. Two methods of the
+interpreter are wrapped so that they go through float32 and round, and its product is replaced by one of float64. A
+last wrap lets a loop bound known only at run time be an index, which triton 3.6 fails to do under numpy 2.4 and later.
 
 TRITON_INTERPRET must be set before triton is imported, hence before this file is.
 """
@@ -38,7 +38,7 @@ def apply() -> None:
     if getattr(Builder, "computes_bf16", False):
         return
     Builder.computes_bf16 = True
-    Builder.create_dot = _wrap_dot(Builder.create_dot)
+    Builder.create_dot = _create_dot
     Builder.binary_op = _wrap_binary_op(Builder.binary_op)
     Builder.cast_impl = _wrap_cast(Builder.cast_impl)
     interpreter._patch_lang_tensor = _wrap_patch_tensor(interpreter._patch_lang_tensor)
@@ -48,12 +48,12 @@ def _is_bf16(handle: Any) -> bool:
     return handle.dtype.scalar == tl.bfloat16
 
 
-def _wrap_dot(original: Any) -> Any:
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (Handle(widen(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
-        return original(self, a, b, *rest)
-
-    return create_dot
+def _create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+    """numpy's product sums a row in another order in another place of the matrix; rounded from float64 it does not."""
+    wide = (widen(x.data) if _is_bf16(x) else x.data for x in (a, b))
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = np.matmul(*(x.astype(np.float64) for x in wide)) + d.data
+        return Handle(product.astype(d.data.dtype), d.dtype.scalar)
 
 
 def _wrap_binary_op(original: Any) -> Any:

@@ -12,7 +12,8 @@ from diffusion_runtime.ops._attention_backward import AttentionGradients, attent
 from diffusion_runtime.ops._attention_cpp import load_cpp
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 from diffusion_runtime.ops._attention_reference import attention_reference
-from diffusion_runtime.ops._registry import Implementation, OpSpec
+from diffusion_runtime.ops._attention_triton import load_triton, refuses
+from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_tokens import FLOATS
 
 Run = Callable[[AttentionProblem], tuple[Tensor, Tensor]]  # out, logsumexp, laid out as outputs() has them
@@ -38,6 +39,9 @@ SPEC = OpSpec(
     name="attention",
     reference=attention_reference,
     validate=lambda *_: None,
-    implementations=(Implementation("cpp", frozenset({"cpu"}), FLOATS, load_cpp),),
+    implementations=(
+        Implementation("cpp", frozenset({"cpu"}), FLOATS, load_cpp),
+        Implementation("triton", triton_devices(), FLOATS, load_triton, refuses),
+    ),
 )
 SPEC_BACKWARD = OpSpec(name="attention_backward", reference=attention_backward_reference, validate=lambda *_: None)

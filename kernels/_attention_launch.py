@@ -10,12 +10,9 @@ from diffusion_runtime.kernels._attention_rows import smaller
 from torch import Tensor
 
 INTERPRETED = not isinstance(smaller, triton.JITFunction)
+COUNTS = ["length", "num_keys", "capacity", "left", "right", "block", "prefix_window", "offset", "tiles", "max_pages"]
 _NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
-_PLAIN = (
-    *("length", "num_keys", "capacity", "left", "right", "block", "prefix_window", "offset", "tiles", "splits"),
-    *("max_chunks", "max_pages", "first_tile", "heads", "kv_heads"),
-)
-_INTEGERS = ("prefix_lengths", "page_table", "key_starts", "key_ends", "cu_seqlens", "cu_seqlens_k")
+INTEGERS = ("prefix_lengths", "page_table", "key_starts", "key_ends", "cu_seqlens", "cu_seqlens_k")
 
 
 def tensor_strides(name: str, x: Tensor | None) -> dict[str, int]:
@@ -27,7 +24,7 @@ def tensor_strides(name: str, x: Tensor | None) -> dict[str, int]:
 def problem_arguments(problem: Any) -> dict[str, Any]:
     """Arguments by name."""
     query, key, visible, mask = problem.query, problem.key, problem.visible, problem.dense_mask
-    tensors = {name: getattr(problem, name) for name in (*_NAMES, *_INTEGERS)}
+    tensors = {name: getattr(problem, name) for name in (*_NAMES, *INTEGERS)}
     if problem.prefix_key is None:  # none of it is read: its length is 0
         tensors |= {"prefix_key": key, "prefix_value": problem.value}
     arguments: dict[str, Any] = {f"{name}_ptr": x for name, x in tensors.items()}
@@ -91,7 +88,7 @@ def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, finishes: b
         "CHUNK": chunk,
         "BLOCK_DIM": dim,
         "BLOCK_VALUE": value,
-        "WIDTH": 32 if value > (128 if finishes else 256) else value,
+        "WIDTH": 32 if value > (128 if finishes or dtype == torch.float32 else 256) else value,
         "WHOLE_DIM": dim == head_dim,
         "WHOLE_VALUE": value == value_dim,
         "num_warps": warps,
@@ -100,28 +97,47 @@ def launch_config(head_dim: int, value_dim: int, dtype: torch.dtype, finishes: b
     }
 
 
+def query_gradient_config(head_dim: int, value_dim: int, dtype: torch.dtype, finishes: bool, *_: int) -> dict[str, Any]:
+    """For tiles of queries, on every card."""
+    widest = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        shape = (32, 32, 8, 1) if widest <= 64 else (16, 16, 8, 1)
+    elif widest <= 128:
+        shape = (64, 32 if finishes else 64, 8, 2)
+    else:
+        shape = (32, 32, 8, 2) if widest <= 256 else (16, 32, 8, 1)
+    return _gradient_config(head_dim, value_dim, *shape)
+
+
+def key_gradient_config(head_dim: int, value_dim: int, dtype: torch.dtype, *_: int) -> dict[str, Any]:
+    """For blocks of keys, with scores of every kind and on every card."""
+    widest = max(head_dim, value_dim)
+    if dtype == torch.float32:
+        shape = (32 if widest <= 64 else 16, 32, 8, 1)
+    elif widest <= 128:
+        shape = (32, 64, 8, 2)
+    else:
+        shape = (32, 32, 8, 1) if widest <= 256 else (16, 16, 8, 1)
+    return _gradient_config(head_dim, value_dim, *shape)
+
+
+def _gradient_config(head_dim: int, value_dim: int, rows: int, keys: int, warps: int, stages: int) -> dict[str, Any]:
+    dim, value = (max(16, triton.next_power_of_2(size)) for size in (head_dim, value_dim))
+    return {
+        "BLOCK_ROWS": 64 if INTERPRETED else rows,
+        "BLOCK_KEYS": 64 if INTERPRETED else keys,
+        "BLOCK_DIM": dim,
+        "BLOCK_VALUE": value,
+        "WHOLE_DIM": dim == head_dim,
+        "WHOLE_VALUE": value == value_dim,
+        "num_warps": warps,
+        "num_stages": stages,
+        "enable_fp_fusion": True,
+    }
+
+
 def splits_of(tiles: int, chunks: int, device: torch.device) -> int:
     """How many programs share a tile: as many as there are processors for."""
     if device.type != "cuda":
         return 1
     return max(1, min(chunks, torch.cuda.get_device_properties(device).multi_processor_count // tiles))
-
-
-def ahead(
-    kernel: Any, dtype: str, dense: int, with_: str, none: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Signature and constants of an ahead-of-time compilation: lengths of sequences, and what ``with_`` names."""
-    none += ("cu_seqlens_ptr", "cu_seqlens_k_ptr", "chosen_ptr")
-    none += () if "prefix" in with_ else ("prefix_lengths_ptr",)
-    none += () if "pages" in with_ else ("page_table_ptr",)
-    none += () if "softcap" in with_ else ("softcap",)
-    none += () if dense else ("mask_ptr",)
-    types = {f"{name}_ptr": "*i32:16" for name in (*_INTEGERS, "ticket")} | {"scale": "fp32"}
-    types |= {"softcap": "fp32", "mask_ptr": "*i1:16" if dense == 1 else "*fp32:16"}
-    types |= {f"{name}_ptr": "*fp32:16" for name in ("logsumexp", "delta", "part", "part_sums")}
-    types |= dict.fromkeys(_PLAIN, "i32")
-    signature = {}
-    for name in kernel.arg_names:
-        if name.islower() and name not in none:
-            signature[name] = types.get(name, f"*{dtype}:16" if name.endswith("_ptr") else "i32:16")
-    return signature, dict.fromkeys(none)

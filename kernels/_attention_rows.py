@@ -139,21 +139,72 @@ def load_rows(pointers, inside, dims, size, WHOLE: tl.constexpr):
 
 @triton.jit
 def finished(score, scale, softcap, mask_ptr, mask_inside, DENSE: tl.constexpr):
-    """Scale, softcap and mask tensor of products [rows, keys], in the order of their definition.
+    """Scale, softcap and mask tensor of products, in the order of their definition, and the slope of the softcap.
 
-    ``DENSE``: 0 no mask, 1 bool, 2 float. ``mask_ptr`` [rows, keys].
+    ``DENSE``: 0 no mask, 1 bool, 2 float. ``mask_ptr``: of each product.
     """
     score = softcapped(score * scale, softcap)
+    slope = 1.0
+    if softcap is not None:
+        slope = 1.0 - (score / softcap) * (score / softcap)
     if DENSE == 1:
         seen = tl.load(mask_ptr, mask=mask_inside, other=0).to(tl.int1)
         score = tl.where(seen, score, -INF)
     elif DENSE == 2:
         bias = tl.load(mask_ptr, mask=mask_inside, other=-INF).to(tl.float32)
         score = tl.where(bias < _LOWEST, -INF, score + bias)
-    return score
+    return score, slope
+
+
+@triton.jit
+def queries_that_see(
+    first, end, sequence, chosen_ptr, left, right, block, prefix_window, offset, first_key, prefix, num_queries,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Queries [low, high) outside of which none sees a key at the positions [first, end)."""
+    by_position = True
+    by_prefix = True
+    if chosen_ptr is not None:
+        by_position = tl.load(chosen_ptr + sequence).to(tl.int1)
+        by_prefix = by_position == 0
+    before = prefix + offset
+    if not PACKED:
+        before -= first_key
+    low = first * 0
+    high = low + num_queries
+    if right >= 0:
+        from_ = first - right
+        own = tl.where(from_ >= 0, from_ // block, -((block - 1 - from_) // block))
+        low = tl.where(by_position, larger(own * block - before, 0), low)
+    if left >= 0:
+        high = tl.where(by_position, smaller(end.to(tl.int64) + left - before, high.to(tl.int64)).to(tl.int32), high)
+    if prefix_window >= 0:
+        high = tl.where(by_prefix & (prefix - prefix_window >= end), 0, high)
+    return low, high
 
 
 @triton.jit
 def weights_of(score, top, scale):
     """2^((score - top) * scale * log2(e)): exactly 0 for -inf, also where ``top`` is."""
     return tl.exp2((score - tl.where(top == -INF, 0.0, top)) * (scale * LOG2E))
+
+
+@triton.jit
+def weights_and_slope(
+    score, sums, scale, softcap, mask_at, seen, row_query, position, sequence, chosen_ptr, left, right, block,
+    prefix_window, offset, first_key, prefix, total, PACKED: tl.constexpr, BOUNDED: tl.constexpr,
+    FINISHES: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Weights of products, which may lie either way round, and the slope of what was done to them, scale included."""
+    slope = scale
+    if FINISHES:
+        score, bent = finished(score, scale, softcap, mask_at, seen, DENSE)
+        slope = bent * scale
+    else:
+        score = score * scale
+    if BOUNDED:
+        low, high = visible_range(row_query, sequence, chosen_ptr, left, right, block, prefix_window, offset,
+                                  first_key, prefix, total, PACKED)  # fmt: skip
+        seen = seen & (position >= low) & (position < high)
+    score = tl.where(seen, score, -INF)
+    return tl.exp2((score - tl.where(sums == -INF, 0.0, sums)) * LOG2E), slope

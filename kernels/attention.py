@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from diffusion_runtime.kernels._attention_ahead import ahead
 from diffusion_runtime.kernels._attention_launch import (
-    ahead,
     capability_of,
     launch_config,
     problem_arguments,
@@ -137,7 +137,7 @@ def _attention_kernel(
                 at = mask_ptr
                 if DENSE:
                     at = mask_ptr + mask_at[:, None] + (column * mask_column)[None, :]
-                score = finished(score, scale, softcap, at, exist[:, None] & inside[None, :], DENSE)
+                score, _ = finished(score, scale, softcap, at, exist[:, None] & inside[None, :], DENSE)
             if (first < all_low) | (first + BLOCK_KEYS > smaller(all_high, limit)):
                 seen = inside[None, :]
                 if BOUNDED:
@@ -252,35 +252,26 @@ def attention(problem: Any, out: Tensor, logsumexp: Tensor, splits: int | None =
 
 
 def ahead_of_time() -> list[tuple[Any, ...]]:
-    """Heads of each size and dtype; walked and shared by programs; a prefix, a page table, masks and a softcap."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    compilations = []
-    for dtype, dim, parts, with_, dense in (
-        ("bf16", 64, 0, "", 0),
-        ("bf16", 128, 0, "", 0),
-        ("bf16", 128, 0, "mask", 0),
-        ("bf16", 128, 2, "prefix", 0),
-        ("fp16", 128, 0, "prefix pages", 0),
-        ("bf16", 96, 0, "softcap", 2),
-        ("bf16", 256, 0, "prefix", 0),
-        ("bf16", 256, 2, "prefix", 0),
-        ("bf16", 512, 1, "prefix", 0),
-        ("bf16", 512, 2, "prefix pages", 0),
-        ("fp32", 64, 0, "prefix", 1),
-        ("fp32", 128, 2, "prefix", 0),
-        ("fp32", 256, 1, "", 2),
-        ("fp32", 512, 1, "", 0),
-        ("bf16", 512, 1, "softcap mask", 0),
-        ("bf16", 256, 1, "softcap mask", 2),
-    ):
-        none = ("part_ptr", "part_sums_ptr", "ticket_ptr")[parts if parts < 2 else 3 :]
-        signature, constants = ahead(_attention_kernel, dtype, dense, with_, none)
-        constants |= {"FINISHES": dense > 0 or "softcap" in with_, "DENSE": dense}
-        constants["BOUNDED"] = "mask" in with_
-        name = " ".join(filter(None, (dtype, str(dim), with_, ("", "in memory", "split")[parts])))
-        for target in (80, 90):
-            config = launch_config(dim, dim, dtypes[dtype], constants["FINISHES"], target)
-            options = {name: config.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-            opcodes = ("HGMMA",) if dtype != "fp32" and target == 90 else ()
-            compilations.append((name, _attention_kernel, signature, constants | config, options, (target,), opcodes))
-    return compilations
+    """Heads of each size and dtype, walked by one program, in registers or in memory, and shared by several."""
+    parts = ("part_ptr", "part_sums_ptr", "ticket_ptr")
+    return [
+        compilation
+        for none, names in (
+            (parts, ("bf16 64", "bf16 128", "bf16 128 rule", "fp16 128 prefix pages", "bf16 96 softcap float")),
+            (parts, ("bf16 256 prefix", "fp32 64 prefix bool")),
+            (
+                parts[1:],
+                (
+                    "bf16 512 prefix",
+                    "bf16 512 rule softcap",
+                    "bf16 256 rule float",
+                    "fp32 256",
+                    "fp32 256 float",
+                    "fp32 512",
+                ),
+            ),
+            ((), ("bf16 128 prefix", "bf16 256 prefix", "bf16 512 prefix pages", "fp32 128 prefix")),
+        )
+        for name in names
+        for compilation in ahead(_attention_kernel, launch_config, name, none)
+    ]

@@ -12,7 +12,7 @@ from diffusion_runtime.ops._attention_backward import AttentionGradients, attent
 from diffusion_runtime.ops._attention_cpp import load_cpp
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 from diffusion_runtime.ops._attention_reference import attention_reference
-from diffusion_runtime.ops._attention_triton import load_triton, refuses
+from diffusion_runtime.ops._attention_triton import load_triton, load_triton_backward, refuses, refuses_gradients
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_tokens import FLOATS
 
@@ -27,9 +27,10 @@ def run_backend(problem: AttentionProblem, backend: str | None) -> tuple[Tensor,
 
 
 def run_backward(problem: AttentionProblem, backend: str | None, *tensors: Any) -> AttentionGradients:
-    """The arguments of :func:`attention_backward_reference`, through the backend that ran the forward if it can."""
+    """The arguments of :func:`attention_backward_reference`, on a GPU through a kernel if one takes the call."""
     query = problem.query
-    usable = backend if backend in (None, "auto", *(i.backend for i in SPEC_BACKWARD.implementations)) else "reference"
+    kernel = backend == "triton" or (backend != "reference" and query.device.type != "cpu")
+    usable = "auto" if kernel else "reference"
     run = SPEC_BACKWARD.resolve_call(query.device.type, query.dtype, usable, problem)
     gradients: AttentionGradients = outside_autocast(query.device, run, problem, *tensors)
     return gradients
@@ -44,4 +45,9 @@ SPEC = OpSpec(
         Implementation("triton", triton_devices(), FLOATS, load_triton, refuses),
     ),
 )
-SPEC_BACKWARD = OpSpec(name="attention_backward", reference=attention_backward_reference, validate=lambda *_: None)
+SPEC_BACKWARD = OpSpec(
+    name="attention_backward",
+    reference=attention_backward_reference,
+    validate=lambda *_: None,
+    implementations=(Implementation("triton", triton_devices(), FLOATS, load_triton_backward, refuses_gradients),),
+)

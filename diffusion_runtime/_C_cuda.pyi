@@ -102,3 +102,34 @@ def qk_norm_rope(
     key_out: Tensor | None,
     stream: int,
 ) -> None: ...
+
+class Attention:
+    on_hopper: bool
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor | None,
+        prefix_value: Tensor | None,
+        prefix_lengths: Tensor | None,
+        page_table: Tensor | None,
+        mask: Tensor | None,
+        key_starts: Tensor | None,
+        key_ends: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        chosen: Tensor | None,
+        left: int,
+        right: int,
+        block: int,
+        prefix_window: int,
+        offset: int,
+        max_length: int,
+        scale: float,
+        softcap: float,
+        out: Tensor,
+        logsumexp: Tensor,
+    ) -> None: ...
+    def workspace(self) -> int: ...
+    def run(self, workspace: Tensor, stream: int) -> None: ...

@@ -8,7 +8,8 @@ import pytest
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 NAMES = """emulation tensor_core_ops sample_tokens sample_tokens_full restricted_draw restricted_draw_full
-head head_full weigh commit rms_norm qk_norm_rope hopper_ops attention_hopper attention_hopper_full""".split()
+head head_full weigh commit rms_norm qk_norm_rope hopper_ops attention attention_full attention_hopper
+attention_hopper_full""".split()
 MISSING = [tool for tool in ("g++", "make") if shutil.which(tool) is None]
 
 

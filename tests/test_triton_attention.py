@@ -6,6 +6,8 @@ import attention_cases
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from diffusion_runtime import ops
 
 OF_HALVES = [

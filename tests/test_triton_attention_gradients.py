@@ -7,6 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
+from diffusion_runtime.kernels import attention_key_gradient, attention_query_gradient
+
 from diffusion_runtime import ops
 from diffusion_runtime.testing import assert_as_accurate
 
@@ -96,6 +100,28 @@ def test_several_blocks_and_any_layout(device):
     case = attention_cases.Case(
         query.transpose(1, 2), key.transpose(1, 2), value.mT, {"mask": ops.SlidingWindow(70, 9)}
     )
+    got, same, true = (
+        gradients(case, "triton", device),
+        gradients(case, "reference"),
+        gradients(case, "reference", wide=True),
+    )
+    for which in true:
+        assert_as_accurate(got[which], same[which], true[which])
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"prefix:{mask}" for mask in attention_cases.MASKS), "left:window", "packed:blocks"]
+)
+def test_tiles_as_small_as_they_get(name, device, monkeypatch):
+    """Whose ends are close to what a query or a key sees."""
+    for module, name_of in (
+        (attention_query_gradient, "query_gradient_config"),
+        (attention_key_gradient, "key_gradient_config"),
+    ):
+        config = getattr(module, name_of)
+        small = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16}
+        monkeypatch.setattr(module, name_of, lambda *args, config=config, small=small: config(*args) | small)
+    case = attention_cases.case(name, dim=16)
     got, same, true = (
         gradients(case, "triton", device),
         gradients(case, "reference"),

@@ -3,7 +3,7 @@
 // computed while the values of the block before are summed; the exponentials overlap with that sum.
 #pragma once
 
-#include "attention_hopper_chunks.cuh"
+#include "attention_chunks.cuh"
 #include "attention_hopper_load.cuh"
 
 namespace diffusion_runtime {
@@ -16,16 +16,10 @@ __device__ __forceinline__ T* chunk_of(Panels<T, kDim, kRows>& panels, int row, 
   return panels.at[chunk / kChunks] + row * kPanel + (chunk % kChunks ^ row % kChunks) * kChunk;
 }
 
-__device__ __forceinline__ int64_t element_of(const HopperTile& t, const HopperProblem& p, int64_t batch, int64_t head,
-                                              int64_t row_stride, int row) {
-  const int query = row / p.group, member = row - query * p.group;
-  return t.s.batch * batch + (t.kv_head * p.group + member) * head + (t.s.first_query + query) * row_stride;
-}
-
 // The warpgroup's 64 rows, zeros behind the last. A negative scale is the queries' sign, so that larger scores are
 // always larger weights; a scale of 0 makes them zeros.
 template <class T, int kDim>
-__device__ __forceinline__ void load_query(const HopperProblem& p, const HopperTile& t, int warpgroup,
+__device__ __forceinline__ void load_query(const HopperProblem& p, const QueryTile& t, int warpgroup,
                                            Panels<T, kDim, kWarpgroupRows>& to) {
   constexpr int kChunks = kDim / kChunk;
   const AttentionTensor& q = p.a.query;
@@ -47,8 +41,8 @@ __device__ __forceinline__ void load_query(const HopperProblem& p, const HopperT
 
 // Divided by the rows' sums, through the shared memory of the queries, which nobody needs any more.
 template <class T, int kDim>
-__device__ __forceinline__ void store_rows(const HopperProblem& p, const HopperTile& t, int warpgroup,
-                                           const HopperRows& rows, const HopperPart& part,
+__device__ __forceinline__ void store_rows(const HopperProblem& p, const QueryTile& t, int warpgroup,
+                                           const AttentionRows& rows, const AttentionPart& part,
                                            const float (&sums)[kDim / 2], Panels<T, kDim, kWarpgroupRows>& through) {
   constexpr int kChunks = kDim / kChunk;
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 16;
@@ -138,13 +132,13 @@ struct HopperTurns {
 };
 
 template <class T, int kDim>
-__device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile& t, const HopperChunks& chunks,
+__device__ __forceinline__ void attend(const HopperProblem& p, const QueryTile& t, const ChunkSpans& chunks,
                                        int warpgroup, int warpgroups, HopperShared<T, kDim>& shared) {
   using Sizes = HopperSizes<kDim>;
   constexpr int kKeys = Sizes::kKeys, kSums = Sizes::kSums, kStages = Sizes::kStages;
   Panels<T, kDim, kWarpgroupRows>& query = shared.query[warpgroup];
   load_query<T, kDim>(p, t, warpgroup, query);
-  HopperRows rows;
+  AttentionRows rows;
   rows.begin(p, t, warpgroup);
   numbered_barrier(1 + warpgroup, kWarpgroup);
   const int blocks = t.blocks();
@@ -153,7 +147,7 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
 #pragma unroll
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   float* const memory = shared.total + warpgroup * kSums * kWarpgroup + threadIdx.x % kWarpgroup;
-  HopperPart total = HopperRows::no_part();
+  AttentionPart total = AttentionRows::no_part();
   bool is_first = true;  // chunk, none is in memory
   int number = 0;
   const HopperTurns turns = {warpgroup, warpgroups == 2 ? blocks - 1 : 0};
@@ -162,7 +156,7 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
     if (i < blocks) barrier_wait(&shared.key_full[i % kStages], i / kStages % 2);
   };
   if (blocks > 0) {
-    const HopperBlock b = hopper_block<kKeys>(t, 0);
+    const KeyBlock b = key_block<kKeys>(t, 0);
     number = b.number;
     wait_for_keys(0);
     products_fence();
@@ -184,10 +178,10 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
     turns.pass(i);
     products_wait<1>();
     hand_back(&shared.key_empty[stage]);
-    const HopperBlock b = hopper_block<kKeys>(t, i);
+    const KeyBlock b = key_block<kKeys>(t, i);
     const bool new_chunk = Sizes::kChunk > 0 && b.number / max(Sizes::kChunk, 1) != number / max(Sizes::kChunk, 1);
     number = b.number;
-    HopperPart ended = {};
+    AttentionPart ended = {};
     if (new_chunk) ended = rows.end_chunk();
     rows.weigh(scores, p, b);
     wait_for_keys(i + 1);  // here, because the assembler would put the exponentials behind a wait that follows them
@@ -210,14 +204,15 @@ __device__ __forceinline__ void attend(const HopperProblem& p, const HopperTile&
     begin_sums<T, kDim, kKeys>(sums, weights, shared.value[last]);
     products_wait<0>();
   }
-  HopperPart part = rows.end_chunk();
+  AttentionPart part = rows.end_chunk();
   if (!is_first) {
     add_chunk(total, part, sums, memory, false);
     part = total;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = memory[i * kWarpgroup];
   }
-  if (p.chunks > 0 && chunks.count() > 1 && !merge_chunks(p, chunks, warpgroup, part, sums, shared.is_last[warpgroup]))
+  if (p.chunks > 0 && chunks.count() > 1 &&
+      !merge_chunks<kConsumers>(p, chunks, warpgroup, part, sums, shared.is_last[warpgroup]))
     return;
   numbered_barrier(1 + warpgroup, kWarpgroup);  // all four warps have multiplied their queries
   store_rows<T, kDim>(p, t, warpgroup, rows, part, sums, query);
@@ -229,14 +224,14 @@ __global__ void __launch_bounds__(kHopperThreads, 1) attention_hopper_kernel(con
 #ifdef HOPPER_CODE
   using Shared = HopperShared<T, kDim>;
   SHARED(Shared, shared);
-  HopperTile t = hopper_tile<HopperSizes<kDim>::kKeys>(p, blockIdx.x);
+  QueryTile t = query_tile<kTileRows, HopperSizes<kDim>::kKeys>(p, blockIdx.x);
   if (t.first >= t.rows) return;
-  HopperChunks chunks = {};
+  ChunkSpans chunks = {};
   if constexpr (HopperSizes<kDim>::kChunk > 0) {
     if (p.chunks > 0) {
-      chunks = chunks_of<kDim>(t);
+      chunks = chunks_of<HopperSizes<kDim>::kKeys, HopperSizes<kDim>::kChunk>(t);
       if (chunks.count() > 0 ? !chunks.has(blockIdx.y) : blockIdx.y > 0) return;
-      limit_to_chunk<kDim>(t, blockIdx.y);
+      limit_to_chunk<HopperSizes<kDim>::kKeys, HopperSizes<kDim>::kChunk>(t, blockIdx.y);
     }
   }
   const int warpgroups = min(kConsumers, (t.rows - t.first + kWarpgroupRows - 1) / kWarpgroupRows);  // that have rows

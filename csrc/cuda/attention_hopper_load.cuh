@@ -12,7 +12,7 @@ struct HopperRing {
 
 // Asks for the block's rows; they arrive at `barrier`. All lanes take part.
 template <class T, int kDim, int kKeys>
-__device__ __forceinline__ void ask_for(const HopperTile& t, const HopperBlock& b, const HopperSource& from,
+__device__ __forceinline__ void ask_for(const QueryTile& t, const KeyBlock& b, const HopperSource& from,
                                         Panels<T, kDim, kKeys>& to, uint64_t* barrier) {
   constexpr int kPanels = kDim / kPanel;
   const int lane = threadIdx.x % 32, boxes = (b.count + from.box_rows - 1) / from.box_rows;
@@ -45,20 +45,19 @@ __device__ __forceinline__ void clear_end(Panels<T, kDim, kKeys>& values, int co
 }
 
 template <class T, int kDim>
-__device__ __forceinline__ void load_blocks(const HopperProblem& p, const HopperTile& t,
-                                            HopperShared<T, kDim>& shared) {
+__device__ __forceinline__ void load_blocks(const HopperProblem& p, const QueryTile& t, HopperShared<T, kDim>& shared) {
   constexpr int kKeys = HopperSizes<kDim>::kKeys, kStages = HopperSizes<kDim>::kStages;
   const int blocks = t.blocks();
   int cleared = 0;
   for (int i = 0; i <= blocks; ++i) {  // in the order in which they are needed
     if (i < blocks) {
-      const HopperBlock b = hopper_block<kKeys>(t, i);
+      const KeyBlock b = key_block<kKeys>(t, i);
       const int stage = i % kStages;
       barrier_wait(&shared.key_empty[stage], i / kStages % 2 ^ 1);
       ask_for(t, b, b.prefix ? p.prefix_key : p.key, shared.key[stage], &shared.key_full[stage]);
     }
     if (i == 0) continue;
-    const HopperBlock b = hopper_block<kKeys>(t, i - 1);
+    const KeyBlock b = key_block<kKeys>(t, i - 1);
     const int stage = (i - 1) % kStages;
     barrier_wait(&shared.value_empty[stage], (i - 1) / kStages % 2 ^ 1);
     const bool whole = b.count == kKeys;

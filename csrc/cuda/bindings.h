@@ -22,7 +22,8 @@ inline void check_matrix(const char* name, const TensorView& tensor, const Tenso
         name, " must be [", rows, ", ", columns, "] with stride 1 along the last dimension, got ", tensor.shape());
 }
 
-void bind_head(pybind11::module_& module);  // module_head.cpp
-void bind_norm(pybind11::module_& module);  // module_norm.cpp
+void bind_attention(pybind11::module_& module);  // module_attention.cpp
+void bind_head(pybind11::module_& module);       // module_head.cpp
+void bind_norm(pybind11::module_& module);       // module_norm.cpp
 
 }  // namespace diffusion_runtime

@@ -104,14 +104,6 @@ __device__ __forceinline__ void load_tile(void* to, const TensorMap& map, uint64
       : "memory");
 }
 
-// `threads` threads of the block wait for each other, or only arrive and go on; numbers are 1 to 15.
-__device__ __forceinline__ void numbered_barrier(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void numbered_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-
 // The registers of every thread of the warpgroup, from what the launch gave: fewer for one that copies, more for one
 // that multiplies.
 template <int kRegisters>
@@ -248,13 +240,6 @@ inline void load_tile(void* to, const TensorMap& map, uint64_t* barrier, int col
          state.bytes -= map.box_rows * 128;  // below zero where more comes than was expected: the phase never ends
          state.settle();
        }});
-}
-
-inline void numbered_barrier(int number, int threads, CALLER) {
-  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_barrier", size_t(threads), true, here);
-}
-inline void numbered_arrive(int number, int threads, CALLER) {
-  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_arrive", size_t(threads), false, here);
 }
 
 template <int kRegisters>

@@ -43,22 +43,6 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Two floats as the halves of a word, each the nearest number of its type.
-template <class T>
-__device__ __forceinline__ uint32_t narrowed_pair(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t narrowed_pair<BFloat16>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-template <>
-__device__ __forceinline__ uint32_t narrowed_pair<Float16>(float low, float high) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-
 // The numbers of the operands of a product, and the operands.
 #define NUMBERS_32                                                                                  \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
@@ -129,10 +113,6 @@ __device__ __forceinline__ void multiply_columns(float (&sums)[kSums], const uin
 
 #else  // ---------------------------------------------------------------------------------------------- on the CPU
 
-template <class T>
-uint32_t narrowed_pair(float low, float high) {
-  return narrowed<T>(low).bits | uint32_t(narrowed<T>(high).bits) << 16;
-}
 }  // namespace diffusion_runtime
 
 namespace cuda_on_cpu {

@@ -96,5 +96,6 @@ PYBIND11_MODULE(_C_cuda, m, py::mod_gil_not_used()) {
         py::arg("seed"), py::arg("seed_value"), py::arg("position"), py::arg("step"), py::arg("step_value"),
         py::arg("commit_mask"), py::arg("after"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   diffusion_runtime::bind_head(m);
+  diffusion_runtime::bind_attention(m);
   diffusion_runtime::bind_norm(m);
 }

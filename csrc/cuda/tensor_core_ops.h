@@ -32,6 +32,38 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "memory");
 }
 
+// The same, each matrix turned: of matrix m, lane 4 g + t receives rows 2 t and 2 t + 1 of column g.
+__device__ __forceinline__ void load_matrices_turned(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// `threads` threads of the block wait for each other, or only arrive and go on; numbers are 1 to 15.
+__device__ __forceinline__ void numbered_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void numbered_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Two floats as the halves of a word, each the nearest number of its type.
+template <class T>
+__device__ __forceinline__ uint32_t narrowed_pair(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t narrowed_pair<BFloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t narrowed_pair<Float16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // c[16 x 8] += a[16 x 16] * b[16 x 8] with the sum in float32; T says what the 16 bits of an element are.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -95,7 +127,8 @@ void async_copy_wait() {
   for (size_t& end : me.groups) end -= copies;
 }
 
-inline void load_matrices(uint32_t (&to)[4], const void* row, CALLER) {
+template <bool kTurned>
+void load_four_matrices(uint32_t (&to)[4], const void* row, CALLER) {
   struct In {
     uint16_t element[8];
     uint32_t address;
@@ -113,13 +146,31 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, CALLER) {
       for (int r = 0; r < 8; r++) banks |= 1u << in[8 * m + r]->address / 16 % 8;
       cuda_on_cpu::counters.matrix_load_conflicts += 8 - __builtin_popcount(banks);
       for (int l = 0; l < 32; l++) {
-        const uint16_t* const pair = in[8 * m + l / 4]->element + l % 4 * 2;
-        out[l]->to[m] = pair[0] | uint32_t(pair[1]) << 16;
+        uint32_t pair[2];
+        for (int i = 0; i < 2; i++)
+          pair[i] = kTurned ? in[8 * m + l % 4 * 2 + i]->element[l / 4] : in[8 * m + l / 4]->element[l % 4 * 2 + i];
+        out[l]->to[m] = pair[0] | pair[1] << 16;
       }
     }
     cuda_on_cpu::counters.matrix_loads++;
   });
   std::memcpy(to, all.to, 16);
+}
+inline void load_matrices(uint32_t (&to)[4], const void* row, CALLER) { load_four_matrices<false>(to, row, here); }
+inline void load_matrices_turned(uint32_t (&to)[4], const void* row, CALLER) {
+  load_four_matrices<true>(to, row, here);
+}
+
+inline void numbered_barrier(int number, int threads, CALLER) {
+  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_barrier", size_t(threads), true, here);
+}
+inline void numbered_arrive(int number, int threads, CALLER) {
+  cuda_on_cpu::meet(cuda_on_cpu::current->block->numbered[number], "numbered_arrive", size_t(threads), false, here);
+}
+
+template <class T>
+uint32_t narrowed_pair(float low, float high) {
+  return narrowed<T>(low).bits | uint32_t(narrowed<T>(high).bits) << 16;
 }
 
 template <class T>

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_runtime.ops import _attention_cuda, _attention_triton
 from diffusion_runtime.ops._attention_autocast import outside_autocast
 from diffusion_runtime.ops._attention_backward import AttentionGradients, attention_backward_reference
 from diffusion_runtime.ops._attention_cpp import load_cpp
 from diffusion_runtime.ops._attention_problem import AttentionProblem
 from diffusion_runtime.ops._attention_reference import attention_reference
-from diffusion_runtime.ops._attention_triton import load_triton, load_triton_backward, refuses, refuses_gradients
 from diffusion_runtime.ops._registry import Implementation, OpSpec, triton_devices
 from diffusion_runtime.ops._sample_tokens import FLOATS
 
@@ -41,13 +41,22 @@ SPEC = OpSpec(
     reference=attention_reference,
     validate=lambda *_: None,
     implementations=(
+        Implementation("cuda", frozenset({"cuda"}), FLOATS, _attention_cuda.load_cuda, _attention_cuda.refuses),
         Implementation("cpp", frozenset({"cpu"}), FLOATS, load_cpp),
-        Implementation("triton", triton_devices(), FLOATS, load_triton, refuses),
+        Implementation("triton", triton_devices(), FLOATS, _attention_triton.load_triton, _attention_triton.refuses),
     ),
 )
 SPEC_BACKWARD = OpSpec(
     name="attention_backward",
     reference=attention_backward_reference,
     validate=lambda *_: None,
-    implementations=(Implementation("triton", triton_devices(), FLOATS, load_triton_backward, refuses_gradients),),
+    implementations=(
+        Implementation(
+            "triton",
+            triton_devices(),
+            FLOATS,
+            _attention_triton.load_triton_backward,
+            _attention_triton.refuses_gradients,
+        ),
+    ),
 )

@@ -31,6 +31,8 @@ OPCODES: dict[str, tuple[str, ...]] = {
     # logits that another kernel has just written
     "logit_parts_kernel": (r"LDG\.E\.(64|128)",),  # four tokens a lane
     "weigh_kernel": (r"LDG\.E\.128",),
+    # products by tensor cores in 16 bits; none in float32, which is exact
+    "attention_kernel": (r"HMMA\.16816\.F32(\.BF16)?|FFMA", r"LDGSTS\.E\.BYPASS\.(LTC128B\.)?128(\.ZFILL)?"),
     # warpgroup products, tiles by the copy engine, registers that change hands
     "attention_hopper_kernel": (r"HGMMA\.64x\d+x16\.F32(\.BF16)?", "UTMALDG", "USETMAXREG"),
     # some hundred positions: bytes do not matter there

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 TEST = "attention_hopper"
 HOST, KERNEL = "csrc/cuda/attention_hopper.cu", "csrc/cuda/attention_hopper_kernel.cuh"
-TILE, CHUNKS = "csrc/cuda/attention_hopper_tile.cuh", "csrc/cuda/attention_hopper_chunks.cuh"
-LOAD, ROWS = "csrc/cuda/attention_hopper_load.cuh", "csrc/cuda/attention_hopper_rows.cuh"
+TILE, CHUNKS = "csrc/cuda/attention_tile.cuh", "csrc/cuda/attention_chunks.cuh"
+LOAD, ROWS = "csrc/cuda/attention_hopper_load.cuh", "csrc/cuda/attention_rows.cuh"
+GRID = "csrc/cuda/attention_grid.cuh"
 
 MUTATIONS = [
     (KERNEL, "nothing", "", ""),
@@ -94,13 +95,13 @@ MUTATIONS = [
         "s.box_rows = paged ? common_divisor(s.page_size, keys) : keys",
         "s.box_rows = keys",
     ),
-    (KERNEL, "the queries of the first head", "(t.kv_head * p.group + member) * head", "(t.kv_head * p.group) * head"),
-    (KERNEL, "the queries of the first sequence", "(t.s.first_query + query) * row_stride", "query * row_stride"),
+    (TILE, "the queries of the first head", "(t.kv_head * p.group + member) * head", "(t.kv_head * p.group) * head"),
+    (TILE, "the queries of the first sequence", "(t.s.first_query + query) * row_stride", "query * row_stride"),
     (KERNEL, "no swizzle of the queries", "(chunk % kChunks ^ row % kChunks)", "(chunk % kChunks)"),
     (KERNEL, "queries behind the last are read", "first + r < t.rows && !p.zero", "!p.zero"),
     (KERNEL, "a scale of 0 keeps the queries", "first + r < t.rows && !p.zero", "first + r < t.rows"),
-    (HOST, "the sign of the scale is lost", "p.negated = a.scale < 0", "p.negated = false"),
-    (HOST, "every stride is taken", "stride % 8 == 0 && stride >= 0", "stride >= 0"),
+    (GRID, "the sign of the scale is lost", "p.negated = a.scale < 0", "p.negated = false"),
+    (GRID, "every stride is taken", "stride % 8 == 0 && stride >= 0", "stride >= 0"),
     (HOST, "every value_dim is taken", "a.value_dim == a.head_dim", "true"),
     # arithmetic
     (
@@ -155,7 +156,7 @@ MUTATIONS = [
     (TILE, "blocks of the prefix from the first", "t.prefix = {seen.low / kKeys", "t.prefix = {0 * seen.low"),
     (TILE, "keys stand at their own row", "b.prefix ? b.row : t.s.prefix + b.row", "b.row"),
     (TILE, "the ranges of a tile's first row only", "return {{a.low, b.high}, {b.low, a.high}}", "return {a, a}"),
-    (TILE, "tiles of 127 rows", "min(t.first + kTileRows, t.rows) - 1", "min(t.first + kTileRows, t.rows) - 2"),
+    (TILE, "tiles of 127 rows", "min(t.first + kRows, t.rows) - 1", "min(t.first + kRows, t.rows) - 2"),
     # chunks
     (
         CHUNKS,
@@ -205,7 +206,7 @@ MUTATIONS = [
     (CHUNKS, "no fence after the ticket", "- 1;\n    __threadfence();", "- 1;"),
     (CHUNKS, "the ticket is not handed back", "    if (is_last) *ticket = 0;\n", ""),
     (CHUNKS, "the last but one merges", "unsigned(count) - 1;", "unsigned(count) - 2;"),
-    (CHUNKS, "warpgroups share a ticket", " + blockIdx.x * kConsumers + warpgroup", " + blockIdx.x * kConsumers"),
+    (CHUNKS, "warpgroups share a ticket", " + blockIdx.x * kWarpgroups + warpgroup", " + blockIdx.x * kWarpgroups"),
     (
         CHUNKS,
         "warpgroups share a place",
@@ -214,7 +215,7 @@ MUTATIONS = [
     ),
     (CHUNKS, "tiles share a place", "const int64_t place = int64_t{blockIdx.x} * p.chunks", "const int64_t place = 0"),
     (CHUNKS, "chunks that nobody did are merged", "    if (chunks.has(chunk)) add", "    add"),
-    (CHUNKS, "what the last had is merged twice", "  part = HopperRows::no_part();\n", ""),
+    (CHUNKS, "what the last had is merged twice", "  part = AttentionRows::no_part();\n", ""),
     (ROWS, "chunks are not rescaled", "keep[r] = fast_exp2(largest[r] - base), take", "keep[r] = 1, take"),
     (ROWS, "the sum of a chunk is not rescaled", "other.sum[r] * take[r]", "other.sum[r]"),
     (ROWS, "a chunk begins with the sums before", "    part = no_part();\n    return whole;", "    return whole;"),
@@ -231,7 +232,12 @@ MUTATIONS = [
         "shared.total + warpgroup * kSums * kWarpgroup",
         "shared.total + 0 * warpgroup",
     ),
-    (KERNEL, "every block of threads is a whole tile", "      limit_to_chunk<kDim>(t, blockIdx.y);\n", ""),
+    (
+        KERNEL,
+        "every block of threads is a whole tile",
+        "      limit_to_chunk<HopperSizes<kDim>::kKeys, HopperSizes<kDim>::kChunk>(t, blockIdx.y);\n",
+        "",
+    ),
     (
         KERNEL,
         "rows that see nothing are nobody's",

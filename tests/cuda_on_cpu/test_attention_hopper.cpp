@@ -2,7 +2,17 @@
 #define ATTENTION_HOPPER_KEYS(dim) 32
 #define ATTENTION_HOPPER_CHUNK 2
 #include "attention_hopper.cu"
-#include "attention_hopper_checks.h"
+
+namespace attention_test {
+using diffusion_runtime::AttentionArguments;
+bool takes(const AttentionArguments& a) { return diffusion_runtime::hopper_takes(a); }
+size_t workspace_of(const AttentionArguments& a) { return diffusion_runtime::attention_hopper_workspace(a); }
+void launch_kernel(const AttentionArguments& a, void* workspace) {
+  diffusion_runtime::launch_attention_hopper(a, workspace, nullptr);
+}
+}  // namespace attention_test
+
+#include "attention_checks.h"
 
 using namespace attention_test;
 

@@ -1,6 +1,16 @@
 // Attention on Hopper in the sizes that a GPU runs.
 #include "attention_hopper.cu"
-#include "attention_hopper_checks.h"
+
+namespace attention_test {
+using diffusion_runtime::AttentionArguments;
+bool takes(const AttentionArguments& a) { return diffusion_runtime::hopper_takes(a); }
+size_t workspace_of(const AttentionArguments& a) { return diffusion_runtime::attention_hopper_workspace(a); }
+void launch_kernel(const AttentionArguments& a, void* workspace) {
+  diffusion_runtime::launch_attention_hopper(a, workspace, nullptr);
+}
+}  // namespace attention_test
+
+#include "attention_checks.h"
 
 using namespace attention_test;
 

@@ -32,6 +32,21 @@ __global__ void multiply(const T* left, const T* right, float* product, int stri
   for (int i = 0; i < 4; i++) product[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i] + zeros[i];
 }
 
+// product[16 x 8] = left[16 x 16] right[16 x 8], the rows of right 16 elements apart.
+template <class T>
+__global__ void multiply_turned(const T* left, const T* right, float* product) {
+  SHARED(Operands<T>, shared);
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) shared.left[i] = left[i], shared.right[i] = right[i];
+  __syncwarp();
+  uint32_t a[4], b[4];
+  load_matrices(a, shared.left + lane % 16 * 16 + lane / 16 * 8);
+  load_matrices_turned(b, shared.right + lane % 16 * 16 + lane / 16 * 8);
+  float sums[4] = {};
+  multiply_add<T>(sums, a, b[0], b[1]);
+  for (int i = 0; i < 4; i++) product[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
 struct Halves {
   alignas(16) BFloat16 at[2][8];
 };
@@ -86,6 +101,23 @@ void test_products(const char* what) {
     });
 }
 
+template <class T>
+void test_turned(const char* what) {
+  Buffer<T> left(16 * 16), right(16 * 16);
+  for (int i = 0; i < 256; i++) {
+    left[i] = from_float<T>(float(i * 37 % 64 - 32) / 8);
+    right[i] = from_float<T>(float(i * 29 % 64 - 31) / 4);
+  }
+  Buffer<float> product(16 * 8);
+  launch(multiply_turned<T>, dim3(1), dim3(32), sizeof(Operands<T>), nullptr, left.data, right.data, product.data);
+  for (int m = 0; m < 16; m++)
+    for (int n = 0; n < 8; n++) {
+      double wanted = 0;
+      for (int k = 0; k < 16; k++) wanted += double(to_float(left[m * 16 + k])) * to_float(right[k * 16 + n]);
+      expect(product[m * 8 + n] == wanted, what, [&] { return compare(product[m * 8 + n], wanted); });
+    }
+}
+
 void test_waits() {
   Buffer<BFloat16> from(16);
   for (int i = 0; i < 16; i++) from[i] = from_float<BFloat16>(float(i));
@@ -118,6 +150,8 @@ void test_reports() {
 int main() {
   test_products<BFloat16>("bf16 [16, 16] x [8, 16]");
   test_products<Float16>("fp16 [16, 16] x [8, 16]");
+  test_turned<BFloat16>("bf16, turned");
+  test_turned<Float16>("fp16, turned");
   test_waits();
   test_reports();
   return finish("tensor_core_ops");

@@ -1,19 +1,19 @@
 // The softmax of a warpgroup's rows: of the 64, a thread has two, and of their scores every fourth pair.
 #pragma once
 
-#include "attention_hopper_tile.cuh"
+#include "attention_tile.cuh"
 #include "row_statistics.h"
 
 namespace diffusion_runtime {
 
 // What is known of some keys, relative to the largest score among them: their weights' sum, and beside it the sums of
 // values.
-struct HopperPart {
+struct AttentionPart {
   float largest[2];  // times unit; -inf: none of the keys is seen
   float sum[2];
 
   // Takes in another part; both sums of values are to be multiplied by these.
-  __device__ __forceinline__ void merge(const HopperPart& other, float (&keep)[2], float (&take)[2]) {
+  __device__ __forceinline__ void merge(const AttentionPart& other, float (&keep)[2], float (&take)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float most = fmaxf(largest[r], other.largest[r]), base = most == -INFINITY ? 0 : most;
@@ -29,14 +29,19 @@ __device__ __forceinline__ float capped(float score, float factor, float softcap
   return copysignf(__fdividef(fmaf(-softcap, e, softcap), 1 + e), score);
 }
 
-struct HopperRows {
-  int row[2];        // of the sequence, ordered as the tile's are; may be past the last
-  KeyRange seen[2];  // by each
-  KeyRange all;      // by all 16 rows of the warp
-  HopperPart part;   // of this chunk so far; of a row's sum, what this thread has of it
-  float rescale[2];  // of what stands for the blocks before, at the last one
+struct NoMask {
+  template <class Scores, class Rows>
+  __device__ __forceinline__ void operator()(Scores&, const Rows&, const KeyBlock&) const {}
+};
 
-  __device__ __forceinline__ void begin(const HopperProblem& p, const HopperTile& t, int warpgroup) {
+struct AttentionRows {
+  int row[2];          // of the sequence, ordered as the tile's are; may be past the last
+  KeyRange seen[2];    // by each
+  KeyRange all;        // by all 16 rows of the warp
+  AttentionPart part;  // of this chunk so far; of a row's sum, what this thread has of it
+  float rescale[2];    // of what stands for the blocks before, at the last one
+
+  __device__ __forceinline__ void begin(const AttentionLaunch& p, const QueryTile& t, int warpgroup) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int first = t.first + warpgroup * kWarpgroupRows + warp * 16;
     all = rows_range(p, t.s, min(first, t.rows - 1), min(first + 15, t.rows - 1)).all;
@@ -50,7 +55,7 @@ struct HopperRows {
 
   // Scores of keys that are not seen become -inf.
   template <int kScores>
-  __device__ __forceinline__ void hide(float (&scores)[kScores], const HopperBlock& b) const {
+  __device__ __forceinline__ void hide(float (&scores)[kScores], const KeyBlock& b) const {
     const int end = b.position + b.count;
     if (all.low <= b.position && end <= all.high && b.count == 2 * kScores) return;
     const int first = b.position + threadIdx.x % 4 * 2;
@@ -68,13 +73,15 @@ struct HopperRows {
   }
 
   // Scores become weights, relative to the largest score so far: as all of a row's are relative to one number, it
-  // does not matter that this number is rounded.
-  template <int kScores>
-  __device__ __forceinline__ void weigh(float (&scores)[kScores], const HopperProblem& p, const HopperBlock& b) {
+  // does not matter that this number is rounded. A mask tensor is applied before.
+  template <int kScores, class Mask = NoMask>
+  __device__ __forceinline__ void weigh(float (&scores)[kScores], const AttentionLaunch& p, const KeyBlock& b,
+                                        const Mask& mask = {}) {
     if (p.a.softcap > 0) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) scores[i] = capped(scores[i], p.factor, p.a.softcap);
     }
+    mask(scores, *this, b);
     hide(scores, b);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -104,8 +111,8 @@ struct HopperRows {
   }
 
   // Behind a chunk's last block: the part with the sums of whole rows; the next chunk begins with none.
-  __device__ __forceinline__ HopperPart end_chunk() {
-    HopperPart whole = part;
+  __device__ __forceinline__ AttentionPart end_chunk() {
+    AttentionPart whole = part;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       whole.sum[r] += __shfl_xor_sync(~0u, whole.sum[r], 1);
@@ -115,7 +122,7 @@ struct HopperRows {
     return whole;
   }
 
-  static __device__ __forceinline__ HopperPart no_part() { return {{-INFINITY, -INFINITY}, {0, 0}}; }
+  static __device__ __forceinline__ AttentionPart no_part() { return {{-INFINITY, -INFINITY}, {0, 0}}; }
 };
 
 }  // namespace diffusion_runtime

@@ -1,7 +1,7 @@
-// What attention on Hopper must do with requests in every layout.
+// What attention must do with requests in every layout.
 #pragma once
 
-#include "attention_hopper_problem.h"
+#include "attention_problem.h"
 
 namespace attention_test {
 

@@ -1,13 +1,14 @@
 // Chunks of keys, summed apart, and how their sums come together: in order, by the same arithmetic wherever they are.
 #pragma once
 
-#include "attention_hopper_rows.cuh"
+#include "attention_rows.cuh"
+#include "tensor_core_ops.h"
 
 namespace diffusion_runtime {
 
 // Numbers of chunks in which some row of a tile sees something.
-struct HopperChunks {
-  HopperSpan prefix, key;  // may have one in common
+struct ChunkSpans {
+  BlockSpan prefix, key;  // may have one in common
 
   __device__ __forceinline__ bool has(int chunk) const {
     return (chunk >= prefix.first && chunk < prefix.end) || (chunk >= key.first && chunk < key.end);
@@ -17,27 +18,26 @@ struct HopperChunks {
   }
 };
 
-template <int kDim>
-__device__ __forceinline__ HopperChunks chunks_of(const HopperTile& t) {
-  constexpr int kChunk = HopperSizes<kDim>::kChunk;
-  const int before = prefix_blocks<HopperSizes<kDim>::kKeys>(t.s);
-  HopperChunks c = {{0, 0}, {0, 0}};
+// Chunks of kChunk blocks of kKeys keys.
+template <int kKeys, int kChunk>
+__device__ __forceinline__ ChunkSpans chunks_of(const QueryTile& t) {
+  const int before = prefix_blocks<kKeys>(t.s);
+  ChunkSpans c = {{0, 0}, {0, 0}};
   if (t.prefix.count() > 0) c.prefix = {t.prefix.first / kChunk, (t.prefix.end - 1) / kChunk + 1};
   if (t.key.count() > 0) c.key = {(before + t.key.first) / kChunk, (before + t.key.end - 1) / kChunk + 1};
   return c;
 }
 
-template <int kDim>
-__device__ __forceinline__ void limit_to_chunk(HopperTile& t, int chunk) {
-  constexpr int kChunk = HopperSizes<kDim>::kChunk;
-  const int before = prefix_blocks<HopperSizes<kDim>::kKeys>(t.s), low = chunk * kChunk;
+template <int kKeys, int kChunk>
+__device__ __forceinline__ void limit_to_chunk(QueryTile& t, int chunk) {
+  const int before = prefix_blocks<kKeys>(t.s), low = chunk * kChunk;
   t.prefix.limit(low, low + kChunk);
   t.key.limit(low - before, low + kChunk - before);
 }
 
 // Adds a chunk to those before it in `memory`, where each thread has its own sums, `kWarpgroup` apart.
 template <int kSums>
-__device__ __forceinline__ void add_chunk(HopperPart& total, const HopperPart& chunk, float (&sums)[kSums],
+__device__ __forceinline__ void add_chunk(AttentionPart& total, const AttentionPart& chunk, float (&sums)[kSums],
                                           float* memory, bool is_first) {
   float keep[2], take[2];
   total.merge(chunk, keep, take);
@@ -53,7 +53,7 @@ template <int kSums>
 constexpr int kPartFloats = (kSums + 4) * kWarpgroup;
 
 template <int kSums>
-__device__ __forceinline__ void save_chunk(float* memory, const HopperPart& chunk, const float (&sums)[kSums]) {
+__device__ __forceinline__ void save_chunk(float* memory, const AttentionPart& chunk, const float (&sums)[kSums]) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i) memory[i * kWarpgroup] = sums[i];
 #pragma unroll
@@ -65,8 +65,8 @@ __device__ __forceinline__ void save_chunk(float* memory, const HopperPart& chun
 
 // Adds a chunk in memory to sums that begin with 0.
 template <int kSums>
-__device__ __forceinline__ void add_saved_chunk(HopperPart& total, float (&sums)[kSums], const float* memory) {
-  HopperPart chunk;
+__device__ __forceinline__ void add_saved_chunk(AttentionPart& total, float (&sums)[kSums], const float* memory) {
+  AttentionPart chunk;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     chunk.largest[r] = memory[(kSums + r) * kWarpgroup];
@@ -79,8 +79,8 @@ __device__ __forceinline__ void add_saved_chunk(HopperPart& total, float (&sums)
 }
 
 // Tickets of tiles and warpgroups, zero between launches, come first in the workspace: others' sums never lie there.
-constexpr int kMostSplitTiles = 1024;
-constexpr int64_t kTicketBytes = int64_t{kMostSplitTiles} * kConsumers * 4;
+constexpr int kMostSplitTiles = 1024, kMostWarpgroups = 2;
+constexpr int64_t kTicketBytes = int64_t{kMostSplitTiles} * kMostWarpgroups * 4;
 
 // True in the warpgroup that comes last of `count`: it sees what all the others have saved.
 __device__ __forceinline__ bool is_last_chunk(unsigned* ticket, int count, int warpgroup, unsigned& is_last) {
@@ -96,17 +96,17 @@ __device__ __forceinline__ bool is_last_chunk(unsigned* ticket, int count, int w
 }
 
 // A tile's sums out of those of its chunks, if the calling warpgroup comes last to them.
-template <int kSums>
-__device__ __forceinline__ bool merge_chunks(const HopperProblem& p, const HopperChunks& chunks, int warpgroup,
-                                             HopperPart& part, float (&sums)[kSums], unsigned& is_last) {
+template <int kWarpgroups, int kSums>
+__device__ __forceinline__ bool merge_chunks(const AttentionLaunch& p, const ChunkSpans& chunks, int warpgroup,
+                                             AttentionPart& part, float (&sums)[kSums], unsigned& is_last) {
   const int64_t place = int64_t{blockIdx.x} * p.chunks;
   float* const saved = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kTicketBytes) +
                        warpgroup * kPartFloats<kSums> + threadIdx.x % kWarpgroup;
-  const auto of = [&](int chunk) { return saved + (place + chunk) * kConsumers * kPartFloats<kSums>; };
+  const auto of = [&](int chunk) { return saved + (place + chunk) * kWarpgroups * kPartFloats<kSums>; };
   save_chunk(of(blockIdx.y), part, sums);
-  unsigned* const ticket = static_cast<unsigned*>(p.workspace) + blockIdx.x * kConsumers + warpgroup;
+  unsigned* const ticket = static_cast<unsigned*>(p.workspace) + blockIdx.x * kWarpgroups + warpgroup;
   if (!is_last_chunk(ticket, chunks.count(), warpgroup, is_last)) return false;
-  part = HopperRows::no_part();
+  part = AttentionRows::no_part();
 #pragma unroll
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   for (int chunk = 0; chunk < p.chunks; ++chunk) {

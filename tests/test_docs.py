@@ -148,3 +148,15 @@ def test_swap(capsys):
     torch.testing.assert_close(model(x), expected)
     report.undo()
     assert type(model.layers[1].self_attn) is torch.nn.MultiheadAttention
+
+
+def test_transformers():
+    tiny = pytest.importorskip("tiny_transformers", reason="needs the transformers extra")
+    from diffusion_runtime.integrations.transformers import unregister
+
+    model = tiny.make("llama")
+    expected = model(tiny.tokens()).logits
+    changed = functions("drop_in.md").with_our_attention(model)
+    assert changed.config._attn_implementation == "diffusion_runtime"
+    torch.testing.assert_close(changed(tiny.tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    unregister()

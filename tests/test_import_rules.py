@@ -34,7 +34,8 @@ ROOMS: dict[str, set[str]] = {
 }
 ONLY_INSIDE_FUNCTIONS = {"ops": {"kernels", "_C", "_C_cuda"}}  # may be absent, so an import must not need them
 
-# a library that only some of our code may import; each file of integrations/ owns the library it is named after
+# a library that only some of our code may import; each file of integrations/ owns the library it is named after, with
+# its _<library>_*.py
 OWNERS = {
     "triton": ("kernels/", "diffusion_runtime/testing.py"),
     "rich": ("diffusion_runtime/cli",),
@@ -42,7 +43,7 @@ OWNERS = {
     "huggingface_hub": ("diffusion_runtime/cli", "diffusion_runtime/loading.py"),
     "safetensors": ("diffusion_runtime/loading.py",),
 } | {
-    path.stem: (f"diffusion_runtime/integrations/{path.name}",)
+    path.stem: tuple(f"diffusion_runtime/integrations/{start}" for start in (path.name, f"_{path.stem}_"))
     for path in (PACKAGE / "integrations").glob("*.py")
     if not path.stem.startswith("_")
 }

@@ -180,9 +180,7 @@ __device__ __forceinline__ void attend(const TileProblem& p, const QueryTile& t,
     const KeyBlock b = key_block<kKeys>(t, i);
     if (i > 0 && b.number / kChunk != number / kChunk) {
       add_chunk(total, rows.end_chunk(), sums, memory, is_first);
-      is_first = false;
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) sums[j] = 0;
+      is_first = false;  // what is in `sums` is rescaled by 0
     }
     number = b.number;
     if constexpr (Shared::kExact)

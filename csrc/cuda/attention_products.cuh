@@ -121,7 +121,7 @@ __device__ __forceinline__ void multiply_keys_exactly(float (&scores)[kKeys / 2]
   }
 }
 
-// Through `memory`, the warp's own, because a thread has only some of a row's weights.
+// Through `memory`, the warp's own, because a thread has only some of a row's weights; the block meets before the next.
 template <int kDim, int kKeys, int kSums>
 __device__ __forceinline__ void multiply_values_exactly(float (&sums)[kSums], const float (&weights)[kKeys / 2],
                                                         const float* value, int column, float* memory) {
@@ -144,7 +144,6 @@ __device__ __forceinline__ void multiply_values_exactly(float (&sums)[kSums], co
         for (int j = 0; j < 2; ++j) sums[i + 2 * r + j] = fmaf(weight[r], pair[j], sums[i + 2 * r + j]);
     }
   }
-  __syncwarp();
 }
 
 }  // namespace diffusion_runtime

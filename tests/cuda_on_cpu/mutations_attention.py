@@ -5,7 +5,7 @@ from __future__ import annotations
 TEST = "attention"
 HOST, KERNEL = "csrc/cuda/attention.cu", "csrc/cuda/attention_kernel.cuh"
 PRODUCTS, GRID = "csrc/cuda/attention_products.cuh", "csrc/cuda/attention_grid.cuh"
-CHUNKS, TILE = "csrc/cuda/attention_chunks.cuh", "csrc/cuda/attention_tile.cuh"
+CHUNKS = "csrc/cuda/attention_chunks.cuh"
 
 MUTATIONS = [
     (KERNEL, "nothing", "", ""),
@@ -20,7 +20,6 @@ MUTATIONS = [
     (KERNEL, "a stage is copied into while it is read", "    __syncthreads();  // the next", "    // the next"),
     (KERNEL, "one stage for all", "shared.value[i % 2]);\n  };", "shared.value[0]);\n  };"),
     (PRODUCTS, "weights are read before all are written", "= weights[i];\n  __syncwarp();", "= weights[i];"),
-    (PRODUCTS, "weights are written while they are read", "  }\n  __syncwarp();\n}\n\n}", "  }\n}\n\n}"),
     (CHUNKS, "no fence before the ticket", "    __threadfence();\n    is_last", "    is_last"),
     (CHUNKS, "the ticket is not handed back", "    if (is_last) *ticket = 0;\n", ""),
     # what is read
@@ -70,12 +69,6 @@ MUTATIONS = [
     (GRID, "masked scores are scaled twice", "a.softcap > 0 || a.mask_type != MaskType::None ? 1", "a.softcap > 0 ? 1"),
     # the sums
     (KERNEL, "sums are not rescaled", "    rows.rescale_sums(sums);\n", ""),
-    (
-        KERNEL,
-        "a chunk goes on with the sums before",
-        "      for (int j = 0; j < kSums; ++j) sums[j] = 0;\n",
-        "      ;\n",
-    ),
     (KERNEL, "chunks are one", "if (i > 0 && b.number / kChunk != number / kChunk)", "if (false)"),
     (KERNEL, "the last chunk is left out", "    add_chunk(total, part, sums, memory, false);\n", ""),
     (

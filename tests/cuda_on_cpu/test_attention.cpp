@@ -1,6 +1,6 @@
 // Attention on every GPU with short blocks of keys: every mask, layout and setting.
-#define ATTENTION_KEYS(dim, bytes) 16
-#define ATTENTION_CHUNK 48
+#define ATTENTION_KEYS(dim, bytes) ((dim) > 64 ? 16 : 32)
+#define ATTENTION_CHUNK 64
 #include "attention.cu"
 
 namespace attention_test {

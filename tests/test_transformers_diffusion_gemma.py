@@ -1,0 +1,102 @@
+"""Google's DiffusionGemma of transformers: encoder, decoder over the cache, and whole generations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the transformers extra")
+
+import tiny_transformers as tiny
+import transformers
+
+from diffusion_runtime.integrations import transformers as bridge
+
+CANVAS, VOCAB = 8, 96
+pytestmark = pytest.mark.skipif(
+    not hasattr(transformers, "DiffusionGemmaForBlockDiffusion"), reason="this transformers has no DiffusionGemma"
+)
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    bridge.register()
+    yield
+    bridge.unregister()
+
+
+def make(attention: str):
+    text = transformers.DiffusionGemmaTextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=6,  # five slide, the last does not
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=1,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=4,
+        top_k_experts=2,
+        sliding_window=6,
+        use_bidirectional_attention="vision",
+        pad_token_id=0,
+    )
+    vision = transformers.Gemma4VisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        canvas_length=CANVAS,
+        image_token_id=VOCAB - 3,
+        boi_token_id=VOCAB - 2,
+        eoi_token_id=VOCAB - 1,
+    )
+    return tiny.build(transformers.DiffusionGemmaForBlockDiffusion, config, attention)
+
+
+def inputs(side: str | None):
+    generator = torch.Generator().manual_seed(4)
+    prompt = torch.randint(2, VOCAB - 3, (tiny.BATCH, tiny.LENGTH), generator=generator)
+    canvas = torch.randint(2, VOCAB - 3, (tiny.BATCH, CANVAS), generator=generator)
+    found = {"input_ids": prompt, "decoder_input_ids": canvas}
+    if side is not None:
+        mask = tiny.padding_mask(side)
+        found |= {"attention_mask": mask, "decoder_attention_mask": torch.cat((mask, torch.ones_like(canvas)), 1)}
+    return found
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_logits(side):
+    given = inputs(side)
+    expected = make("eager")(**given).logits
+    torch.testing.assert_close(make(bridge.NAME)(**given).logits, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_second_canvas_over_the_cache():
+    """A whole generation draws tokens, and a rounding may flip one: transformers' own two attentions already differ."""
+    given, found = inputs(None), []
+    for attention in ("eager", bridge.NAME):
+        model = make(attention)
+        first = model(**given)
+        second = model(
+            input_ids=given["decoder_input_ids"],
+            decoder_input_ids=given["decoder_input_ids"].flip(1),
+            past_key_values=first.past_key_values,
+        )
+        found.append(second.logits)
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_generates():
+    model = make(bridge.NAME)
+    out = model.generate(input_ids=inputs(None)["input_ids"][:1], max_new_tokens=2 * CANVAS, max_denoising_steps=4)
+    assert out.sequences.shape == (1, tiny.LENGTH + 2 * CANVAS)

@@ -35,9 +35,9 @@ def test_multiplies_halves(name, dtype, device):
     attention_cases.check(attention_cases.case(name, dtype, 40), "triton", device)
 
 
-@pytest.mark.parametrize("mask", [None, *list(attention_cases.MASKS.values())[:9]], ids=str)
+@pytest.mark.parametrize("mask", ["causal-offset", "blocks-odd", "window", "prefix-window"])
 def test_company_changes_no_bit(mask, device):
-    attention_cases.check_invariant("triton", mask, torch.float32, device)
+    attention_cases.check_invariant("triton", attention_cases.MASKS[mask], torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -67,9 +67,9 @@ def attention(
         mask: what each query sees: an object (:class:`Bidirectional`, :class:`Causal`, :class:`BlockCausal`,
             :class:`SlidingWindow`, :class:`PrefixWindow`, :class:`PerSequence`), or a tensor that broadcasts to
             ``[batch, heads, length, num_keys]``: bool, True where a query sees a key, or float and added to the
-            scores, ``-inf`` for what a query does not see. A key that an object hides may hold anything, its value
-            too; under a tensor its value must be finite (0 * NaN is NaN, as in torch). A tensor cannot be combined
-            with ``prefix`` or :class:`Packed`.
+            scores, ``-inf`` for what a query does not see. A tensor cannot be combined with ``prefix`` or
+            :class:`Packed`. What a mask hides must be finite (0 * NaN is NaN, as in torch); what is not real, which is
+            padding and what lies behind a prefix's length, may be anything.
         lengths: how many keys of each sequence are real: ``[batch]`` integers; for left padding a pair
             ``(starts, ends)`` of such tensors; or :class:`Packed`. None: all of them. Positions of masks count real
             keys only, so padding changes nothing.

@@ -52,6 +52,15 @@ def test_outputs(name, side):
     assert (expected - other).abs().max() > 1e-2, "attention makes no difference here"
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_one_token_of_padding(name):
+    for place in (0, tiny.LENGTH - 1):
+        mask = torch.ones(tiny.BATCH, tiny.LENGTH, dtype=torch.int64)
+        mask[1, place] = 0
+        expected, got = (tiny.run(model, input_ids=tiny.tokens(), attention_mask=mask) for model in both(name))
+        assert_same(got, expected, mask)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3", "gpt_oss"])
 def test_generates_the_same_tokens(name, cache):

@@ -10,7 +10,9 @@ pytest.importorskip("transformers", reason="needs the transformers extra")
 import tiny_transformers as tiny
 import transformers
 
+from diffusion_runtime.integrations import _transformers_diffusion_gemma as internals
 from diffusion_runtime.integrations import transformers as bridge
+from diffusion_runtime.integrations._transformers_attention import Segments
 
 CANVAS, VOCAB = 8, 96
 pytestmark = pytest.mark.skipif(
@@ -100,3 +102,63 @@ def test_generates():
     model = make(bridge.NAME)
     out = model.generate(input_ids=inputs(None)["input_ids"][:1], max_new_tokens=2 * CANVAS, max_denoising_steps=4)
     assert out.sequences.shape == (1, tiny.LENGTH + 2 * CANVAS)
+
+
+@pytest.mark.parametrize("parts", [{}, {"norms": False}, {"attention": False}], ids=str)
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_accelerated_logits(side, parts):
+    given, model = inputs(side), make("sdpa")
+    expected = model(**given).logits
+    report = bridge.accelerate(model, **parts)
+    assert report.attention == (6 if parts.get("attention", True) else 0)
+    assert (report.norms > 60) == parts.get("norms", True)
+    torch.testing.assert_close(model(**given).logits, expected, rtol=2e-4, atol=2e-4)
+    bridge.restore(model)
+    bridge.restore(model)
+    assert torch.equal(model(**given).logits, expected)
+    assert not any(isinstance(x, internals.RMSNorm) for x in model.modules())
+
+
+def test_the_cache_is_not_joined_and_no_mask_made(monkeypatch):
+    """Past the sliding window, and at a second canvas."""
+    model = make("sdpa")
+    prompt, canvas = torch.randint(2, 90, (2, 20)), torch.randint(2, 90, (2, CANVAS))
+    expected = model(input_ids=prompt, decoder_input_ids=canvas)
+    again = model(input_ids=canvas, decoder_input_ids=canvas, past_key_values=expected.past_key_values)
+    bridge.accelerate(model)
+
+    def join(self):
+        raise AssertionError("joined")
+
+    monkeypatch.setattr(Segments, "join", join)
+    got = model(input_ids=prompt, decoder_input_ids=canvas)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=2e-4, atol=2e-4)
+    got = model(input_ids=canvas, decoder_input_ids=canvas, past_key_values=got.past_key_values)
+    torch.testing.assert_close(got.logits, again.logits, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_accelerated_generation_with_either_cache():
+    model = make("sdpa")
+    bridge.accelerate(model)
+    settings = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3, "disable_compile": True}
+    for cache in ("dynamic", "static"):
+        out = model.generate(input_ids=inputs(None)["input_ids"][:1], cache_implementation=cache, **settings)
+        assert out.sequences.shape == (1, tiny.LENGTH + 2 * CANVAS)
+
+
+def test_refuses_what_it_does_not_know(monkeypatch):
+    with pytest.raises(ValueError, match="the model is a LlamaForCausalLM"):
+        bridge.accelerate(tiny.make("llama"))
+    model = make("sdpa")
+    bridge.accelerate(model)
+    with pytest.raises(ValueError, match="accelerated already"):
+        bridge.accelerate(model)
+    bridge.restore(model)
+    monkeypatch.setattr(
+        type(model.model.decoder.layers[0].self_attn), "append_to_cache", lambda self, cache, k, v: (k, v)
+    )
+    with pytest.raises(ValueError, match="joins its decoder's keys in another way"):
+        bridge.accelerate(model)
+    assert not any("append_to_cache" in vars(layer.self_attn) for layer in model.model.decoder.layers)
+    assert model.config._attn_implementation == "sdpa"

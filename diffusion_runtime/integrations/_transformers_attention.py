@@ -20,11 +20,27 @@ _REFUSED = {
 }
 
 
+class Segments(tuple):  # type: ignore[type-arg]  # of two tensors
+    """Keys or values of the cache and of the canvas, ``[batch, kv_heads, rows, head_dim]`` each, that nobody joined."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what joining them would give."""
+        cached, own = self
+        return (*own.shape[:2], cached.shape[2] + own.shape[2], own.shape[3])
+
+    def join(self) -> Tensor:
+        """One tensor."""
+        return torch.cat(tuple(self), 2)
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Segments,
+    value: Tensor | Segments,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -45,7 +61,7 @@ def attention_forward(
     Args:
         module: the layer; its ``is_causal`` counts where the argument is None.
         query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, kv_heads, num_keys, head_dim]``.
+        key: ``[batch, kv_heads, num_keys, head_dim]``; or both segments of it, which are joined only under a mask.
         value: ``[batch, kv_heads, num_keys, value_dim]``.
         attention_mask: a :class:`RuleMask`, or a tensor as for :func:`diffusion_runtime.ops.attention`.
         dropout: above 0, torch's attention computes it.
@@ -69,6 +85,12 @@ def attention_forward(
                 f'attn_implementation="diffusion_runtime" cannot run {type(module).__name__} with {name}: {reason}'
             )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    plain = attention_mask is None and s_aux is None and sinks is None and position_bias is None
+    if isinstance(key, Segments) and isinstance(value, Segments) and plain and not (is_causal or dropout):
+        prefix = ops.Prefix(key[0], value[0])
+        out = ops.attention(query, key[1], value[1], prefix=prefix, scale=scaling, softcap=softcap, backend=backend)
+        return out.transpose(1, 2).contiguous(), None
+    key, value = (x.join() if isinstance(x, Segments) else x for x in (key, value))
     if dropout:
         # softcap and the sinks are not torch's
         for name, tensor in (("softcap", softcap), ("s_aux", s_aux), ("sinks", sinks)):

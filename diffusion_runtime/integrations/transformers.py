@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from diffusion_runtime.ops._registry import BACKENDS
 
@@ -56,6 +58,71 @@ def unregister() -> None:
     """
     for interface in _interfaces():
         interface._global_mapping.pop(NAME, None)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What :func:`accelerate` changed."""
+
+    attention: int
+    """Layers of the decoder whose cached keys are no longer joined to those of the canvas."""
+    norms: int
+    """Norms in one pass."""
+
+
+def accelerate(model: Any, *, attention: bool = True, norms: bool = True, backend: str | None = None) -> Acceleration:
+    """Make a DiffusionGemma of transformers faster in place; its ``generate`` and everything else are called as before.
+
+    Weights, configurations and results stay what they were, as far as roundings go. Logits are still made and sampled
+    by transformers.
+
+    Args:
+        model: a ``DiffusionGemmaForBlockDiffusion``. Others are refused, and so is a version of it that is laid out
+            in another way than known here: nothing is changed then.
+        attention: every attention layer runs :func:`diffusion_runtime.ops.attention`, and the decoder reads the cache
+            where it is: no joined copy, no repeated head. With a static cache, or padding in the batch, keys are joined
+            as before. Calls :func:`register`.
+        norms: RMS norms run :func:`diffusion_runtime.ops.rms_norm`.
+        backend: of the attention, as for :func:`register`.
+
+    Raises:
+        ImportError: as :func:`register`, or this transformers has no DiffusionGemma.
+        ValueError: a model that cannot be accelerated, with the reason; or one that is already.
+    """
+    internals = _internals()
+    reason = internals.why_not(model)
+    if reason is not None:
+        raise ValueError(f"cannot accelerate: the model {reason}")
+    if model in _BEFORE:
+        raise ValueError("the model is accelerated already: restore it first")
+    if attention:
+        register(backend=backend)
+    _BEFORE[model] = model.config._attn_implementation
+    if attention:
+        model.set_attn_implementation(NAME)
+    return Acceleration(internals.swap_cache(model) if attention else 0, internals.swap_norms(model) if norms else 0)
+
+
+def restore(model: Any) -> None:
+    """Undo :func:`accelerate`. A model that is not accelerated stays as it is."""
+    if model not in _BEFORE:
+        return
+    internals = _internals()
+    internals.swap_cache(model, back=True)
+    internals.swap_norms(model, back=True)
+    model.set_attn_implementation(_BEFORE.pop(model))
+
+
+_BEFORE: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # the attention that accelerated models had
+
+
+def _internals() -> Any:
+    _interfaces()
+    try:
+        from diffusion_runtime.integrations import _transformers_diffusion_gemma
+    except ImportError as error:
+        raise ImportError("this transformers has no DiffusionGemma: it came with 5.17") from error
+    return _transformers_diffusion_gemma
 
 
 def _interfaces() -> tuple[Any, Any]:

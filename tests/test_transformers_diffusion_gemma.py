@@ -104,7 +104,7 @@ def test_generates():
     assert out.sequences.shape == (1, tiny.LENGTH + 2 * CANVAS)
 
 
-@pytest.mark.parametrize("parts", [{}, {"norms": False}, {"attention": False}], ids=str)
+@pytest.mark.parametrize("parts", [{}, {"norms": False}, {"attention": False, "sampler": False}], ids=str)
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_accelerated_logits(side, parts):
     given, model = inputs(side), make("sdpa")
@@ -117,6 +117,7 @@ def test_accelerated_logits(side, parts):
     bridge.restore(model)
     assert torch.equal(model(**given).logits, expected)
     assert not any(isinstance(x, internals.RMSNorm) for x in model.modules())
+    assert "_denoising_step" not in vars(model)
 
 
 def test_the_cache_is_not_joined_and_no_mask_made(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stoc
 
 from diffusion_runtime import ops
 from diffusion_runtime.integrations._transformers_attention import Segments
+from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, denoising_step
 
 
 def append_to_cache(self: Any, past_key_values: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
@@ -43,6 +45,8 @@ def why_not(model: object) -> str | None:
         method = getattr(type(getattr(layer, "self_attn", None)), "append_to_cache", None)
         if not isinstance(method, types.FunctionType) or method.__code__.co_varnames[:4] != _APPEND:
             return "joins its decoder's keys in another way than known here"
+    if tuple(inspect.signature(type(model)._denoising_step).parameters)[: len(PARAMETERS)] != PARAMETERS:
+        return "takes its denoising steps in another way than known here"
     norms = norms_of(model)
     if not norms or any(not {"eps", "with_scale"} <= vars(norm).keys() for norm in norms):
         return "has other norms than known here"
@@ -74,3 +78,11 @@ def swap_cache(model: Any, *, back: bool = False) -> int:
         else:
             layer.self_attn.append_to_cache = types.MethodType(append_to_cache, layer.self_attn)
     return len(layers)
+
+
+def swap_sampler(model: Any, *, back: bool = False) -> None:
+    """Let the model take our denoising steps, or transformers' again."""
+    if back:
+        vars(model).pop("_denoising_step", None)
+    else:
+        model._denoising_step = types.MethodType(denoising_step, model)

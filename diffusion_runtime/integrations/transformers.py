@@ -68,17 +68,23 @@ class Acceleration:
     """Layers of the decoder whose cached keys are no longer joined to those of the canvas."""
     norms: int
     """Norms in one pass."""
+    sampler: bool
+    """Whether what follows the logits is ours."""
 
 
-def accelerate(model: Any, *, attention: bool = True, norms: bool = True, backend: str | None = None) -> Acceleration:
+def accelerate(
+    model: Any, *, sampler: bool = True, attention: bool = True, norms: bool = True, backend: str | None = None
+) -> Acceleration:
     """Make a DiffusionGemma of transformers faster in place; its ``generate`` and everything else are called as before.
 
-    Weights, configurations and results stay what they were, as far as roundings go. Logits are still made and sampled
-    by transformers.
+    Weights and configurations stay what they were, and what is computed too, as far as roundings go. Drawn tokens
+    follow the same distribution, by other random numbers.
 
     Args:
         model: a ``DiffusionGemmaForBlockDiffusion``. Others are refused, and so is a version of it that is laid out
             in another way than known here: nothing is changed then.
+        sampler: behind the logits, one pass over them and one launch take the place of some fifty passes: draw,
+            statistics, accepted positions, new noise and the stop. Logits processors are applied as before.
         attention: every attention layer runs :func:`diffusion_runtime.ops.attention`, and the decoder reads the cache
             where it is: no joined copy, no repeated head. With a static cache, or padding in the batch, keys are joined
             as before. Calls :func:`register`.
@@ -100,7 +106,11 @@ def accelerate(model: Any, *, attention: bool = True, norms: bool = True, backen
     _BEFORE[model] = model.config._attn_implementation
     if attention:
         model.set_attn_implementation(NAME)
-    return Acceleration(internals.swap_cache(model) if attention else 0, internals.swap_norms(model) if norms else 0)
+    if sampler:
+        internals.swap_sampler(model)
+    return Acceleration(
+        internals.swap_cache(model) if attention else 0, internals.swap_norms(model) if norms else 0, sampler
+    )
 
 
 def restore(model: Any) -> None:
@@ -110,6 +120,7 @@ def restore(model: Any) -> None:
     internals = _internals()
     internals.swap_cache(model, back=True)
     internals.swap_norms(model, back=True)
+    internals.swap_sampler(model, back=True)
     model.set_attn_implementation(_BEFORE.pop(model))
 
 

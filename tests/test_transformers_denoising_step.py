@@ -7,12 +7,13 @@ import torch
 
 pytest.importorskip("transformers", reason="needs the transformers extra")
 
-from test_transformers_diffusion_gemma import CANVAS, VOCAB
+from test_transformers_diffusion_gemma import CANVAS, VOCAB, inputs, make
 from test_transformers_diffusion_gemma import pytestmark as needs_diffusion_gemma
 from transformers import LogitsProcessorList
 from transformers.models.diffusion_gemma import generation_diffusion_gemma as stock
 
-from diffusion_runtime.integrations._transformers_denoising_step import denoising_step
+from diffusion_runtime.integrations import transformers as bridge
+from diffusion_runtime.integrations._transformers_denoising_step import Carried, denoising_step
 
 BATCH = 3
 pytestmark = [
@@ -60,7 +61,7 @@ def state(
         every.append(stock.LinearTemperatureScheduleLogitsProcessor(*temperatures, steps))
     canvas = torch.randint(0, VOCAB, (BATCH, CANVAS), generator=torch.Generator().manual_seed(2))
     return model, {
-        "decoder_forward": model.forward,
+        "decoder_forward": lambda **given: model.forward(**given),  # as a compiled one, it gives logits
         "current_canvas": canvas,
         "argmax_canvas": canvas,
         "input_ids": canvas,
@@ -160,3 +161,46 @@ def test_another_sampler_runs_transformers_own_step():
     config = stock.EntropyBoundSamplerConfig(entropy_bound=0.4)
     given["sampler"] = Sampler(config, CANVAS, VOCAB, 4)
     assert (denoising_step(model, **given)[0] == 7).all()
+
+
+def test_from_hidden_states_as_from_logits():
+    """Step by step on transformers' own canvases, finished rows of a batch and a streamer's logits included."""
+    theirs, ours = make("eager"), make("eager")
+    for model in (theirs, ours):  # as they are, a rounding grows thirtyfold from step to step
+        for weight in model.parameters():
+            weight.data.mul_(0.25 if weight.ndim > 1 else 1.0)
+    bridge.accelerate(ours, attention=False, norms=False)
+    prompt = inputs(None)["input_ids"]
+    steps, stops = 5, []
+    given = state(steps, 0)[1] | {
+        "self_conditioning_logits": None,
+        "mask_mapping": {"full_attention": None, "sliding_attention": None},
+    }
+    given["diffusion_stopping_criteria"].confidence_threshold = 4.25  # of ln 96 = 4.56: each row stops at another step
+    carried = None
+    caches = [model.model.encoder(input_ids=prompt).past_key_values for model in (theirs, ours)]
+    with torch.no_grad():
+        for left in range(steps, 0, -1):
+            given["cur_step"] = left
+            mine = copied(given) | {
+                "self_conditioning_logits": carried,
+                "past_key_values": caches[1],
+                "decoder_forward": ours.forward,
+            }
+            stock_arguments = copied(given) | {"past_key_values": caches[0], "decoder_forward": theirs.forward}
+            expected, got = theirs._denoising_step(**stock_arguments), ours._denoising_step(**mine)
+            carried = got[2]
+            assert isinstance(carried, Carried)
+            torch.testing.assert_close(carried.cpu(), expected[2], rtol=1e-4, atol=1e-3)
+            assert torch.equal(got[1], expected[1])
+            assert torch.equal(got[3], expected[3])
+            for name, value in zip(
+                ("current_canvas", "argmax_canvas", "self_conditioning_logits"), expected, strict=False
+            ):
+                given[name] = value
+            given["finished_denoising"] = expected[3]
+            given["diffusion_stopping_criteria"] = stock_arguments["diffusion_stopping_criteria"]
+            stops.append(int(expected[3].sum()))
+    assert 0 < sum(stops) < BATCH * steps, "rows must finish, and not at once"
+    bridge.restore(ours)
+    assert type(ours.model.decoder.self_conditioning) is type(theirs.model.decoder.self_conditioning)

@@ -11,7 +11,7 @@ from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stoc
 
 from diffusion_runtime import ops
 from diffusion_runtime.integrations._transformers_attention import Segments
-from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, denoising_step
+from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, SelfConditioning, denoising_step
 
 
 def append_to_cache(self: Any, past_key_values: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
@@ -47,6 +47,8 @@ def why_not(model: object) -> str | None:
             return "joins its decoder's keys in another way than known here"
     if tuple(inspect.signature(type(model)._denoising_step).parameters)[: len(PARAMETERS)] != PARAMETERS:
         return "takes its denoising steps in another way than known here"
+    if type(getattr(model.model.decoder, "self_conditioning", None)) is not stock.DiffusionGemmaSelfConditioning:
+        return "conditions itself in another way than known here"
     norms = norms_of(model)
     if not norms or any(not {"eps", "with_scale"} <= vars(norm).keys() for norm in norms):
         return "has other norms than known here"
@@ -82,7 +84,11 @@ def swap_cache(model: Any, *, back: bool = False) -> int:
 
 def swap_sampler(model: Any, *, back: bool = False) -> None:
     """Let the model take our denoising steps, or transformers' again."""
+    module = model.model.decoder.self_conditioning
     if back:
         vars(model).pop("_denoising_step", None)
+        vars(module).pop("signal", None)
+        module.__class__ = stock.DiffusionGemmaSelfConditioning
     else:
         model._denoising_step = types.MethodType(denoising_step, model)
+        module.__class__ = SelfConditioning

@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch.nn import Module
+
 from diffusion_runtime.ops._registry import BACKENDS
 
 NAME = "diffusion_runtime"
@@ -83,8 +85,9 @@ def accelerate(
     Args:
         model: a ``DiffusionGemmaForBlockDiffusion``. Others are refused, and so is a version of it that is laid out
             in another way than known here: nothing is changed then.
-        sampler: behind the logits, one pass over them and one launch take the place of some fifty passes: draw,
-            statistics, accepted positions, new noise and the stop. Logits processors are applied as before.
+        sampler: from the hidden states to the next canvas, with no logits and no copy of them: draw, statistics,
+            accepted positions, new noise, the stop and the next step's soft embedding. A logits processor of the
+            caller's, or a compiled decoder, still makes the logits, which are then read once.
         attention: every attention layer runs :func:`diffusion_runtime.ops.attention`, and the decoder reads the cache
             where it is: no joined copy, no repeated head. With a static cache, or padding in the batch, keys are joined
             as before. Calls :func:`register`.
@@ -96,11 +99,11 @@ def accelerate(
         ValueError: a model that cannot be accelerated, with the reason; or one that is already.
     """
     internals = _internals()
+    if isinstance(model, Module) and model in _BEFORE:
+        raise ValueError("the model is accelerated already: restore it first")
     reason = internals.why_not(model)
     if reason is not None:
         raise ValueError(f"cannot accelerate: the model {reason}")
-    if model in _BEFORE:
-        raise ValueError("the model is accelerated already: restore it first")
     if attention:
         register(backend=backend)
     _BEFORE[model] = model.config._attn_implementation

@@ -105,7 +105,7 @@ def copied(arguments):
         {"threshold": 1, "temperatures": None},
         {"threshold": 1, "dtype": torch.bfloat16},
     ],
-    ids=str,
+    ids=["stop", "no stop", "confident alone", "rows that finish", "a processor", "no temperature", "bfloat16"],
 )
 def test_decides_what_transformers_decides(settings):
     steps = 6

@@ -169,6 +169,7 @@ def test_from_hidden_states_as_from_logits():
     for model in (theirs, ours):  # as they are, a rounding grows thirtyfold from step to step
         for weight in model.parameters():
             weight.data.mul_(0.25 if weight.ndim > 1 else 1.0)
+        model.final_logit_softcapping = 2.0  # one that is felt
     bridge.accelerate(ours, attention=False, norms=False)
     prompt = inputs(None)["input_ids"]
     steps, stops = 5, []
@@ -176,7 +177,7 @@ def test_from_hidden_states_as_from_logits():
         "self_conditioning_logits": None,
         "mask_mapping": {"full_attention": None, "sliding_attention": None},
     }
-    given["diffusion_stopping_criteria"].confidence_threshold = 4.25  # of ln 96 = 4.56: each row stops at another step
+    given["diffusion_stopping_criteria"].confidence_threshold = 4.3  # of ln 96 = 4.56: each row stops at another step
     carried = None
     caches = [model.model.encoder(input_ids=prompt).past_key_values for model in (theirs, ours)]
     with torch.no_grad():

@@ -58,10 +58,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml setup.py constraints.txt $(CPP)
 	@DIFFUSION_RUNTIME_CUDA=0 $(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.python pyproject.toml setup.py constraints.txt $(CPP) $(CUDA)
+$(VENV)/.dev: $(VENV)/.python pyproject.toml setup.py constraints.txt tests/transformers_oldest.txt $(CPP) $(CUDA)
 	@echo "installing diffusion-runtime with its tests and tools"
 	@$(PIP) install -c constraints.txt setuptools pybind11
 	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install --upgrade --target $(VENV)/transformers-oldest --no-deps -r tests/transformers_oldest.txt
 	@touch $(VENV)/.demo $@
 
 .PHONY: help demo test bench lint compile-check sanitize gpu-check clean

@@ -124,32 +124,75 @@ def test_accelerated_logits(side, parts):
     assert "_denoising_step" not in vars(model)
 
 
-def test_the_cache_is_not_joined_and_no_mask_made(monkeypatch):
-    """Past the sliding window, and at a second canvas."""
+def two_canvases(model, cache, side, length):
+    """Logits of a canvas behind a prompt, and of one more behind both."""
+    generator = torch.Generator().manual_seed(5)
+    prompt, *canvases = (torch.randint(2, 90, (tiny.BATCH, n), generator=generator) for n in (length, CANVAS, CANVAS))
+    real = torch.ones(tiny.BATCH, length) if side is None else tiny.padding_mask(side, length)
+    found = []
+    for canvas in canvases:
+        if found:
+            real = torch.cat((real, torch.ones(tiny.BATCH, prompt.shape[1])), 1)
+        found.append(
+            model(
+                input_ids=prompt,
+                attention_mask=real,
+                decoder_input_ids=canvas,
+                decoder_attention_mask=torch.cat((real, torch.ones_like(canvas)), 1),
+                past_key_values=cache,
+            ).logits
+        )
+        prompt = canvases[0]
+    return found
+
+
+@pytest.mark.parametrize("length", [4, 5, 6, 20])  # the window is 6 tokens
+@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_no_key_is_joined_and_a_static_cache_is_right(monkeypatch, static, side, length):
+    """Padded, and past the sliding window: what transformers gives with its dynamic cache."""
+    if side is not None and length < 10:
+        monkeypatch.setattr(tiny, "PADDED", (0, 1, 3))
     model = make("sdpa")
-    prompt, canvas = torch.randint(2, 90, (2, 20)), torch.randint(2, 90, (2, CANVAS))
-    expected = model(input_ids=prompt, decoder_input_ids=canvas)
-    again = model(input_ids=canvas, decoder_input_ids=canvas, past_key_values=expected.past_key_values)
+    text = model.config.get_text_config()
+    expected = two_canvases(model, transformers.DynamicCache(config=text), side, length)
     bridge.accelerate(model)
 
     def join(self):
         raise AssertionError("joined")
 
     monkeypatch.setattr(Segments, "join", join)
-    got = model(input_ids=prompt, decoder_input_ids=canvas)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=2e-4, atol=2e-4)
-    got = model(input_ids=canvas, decoder_input_ids=canvas, past_key_values=got.past_key_values)
-    torch.testing.assert_close(got.logits, again.logits, rtol=2e-4, atol=2e-4)
+    cache = (
+        transformers.StaticCache(config=text, max_cache_len=40) if static else transformers.DynamicCache(config=text)
+    )
+    got = two_canvases(model, cache, side, length)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
-def test_accelerated_generation_with_either_cache():
+@pytest.mark.parametrize("side", [None, "left"])
+def test_generates_the_same_with_either_cache(side):
+    """Past the window, padded, twice with one model: nothing is compiled, and nothing kept of the call before."""
     model = make("sdpa")
+    for weight in model.parameters():
+        weight.data *= 0.5  # or a rounding would grow to another token within a few steps
     bridge.accelerate(model)
-    settings = {"max_new_tokens": 2 * CANVAS, "max_denoising_steps": 3, "disable_compile": True}
-    for cache in ("dynamic", "static"):
-        out = model.generate(input_ids=inputs(None)["input_ids"][:1], cache_implementation=cache, **settings)
-        assert out.sequences.shape == (1, tiny.LENGTH + 2 * CANVAS)
+    given = {"input_ids": inputs(None)["input_ids"]} if side is None else inputs(side)
+    given.pop("decoder_input_ids", None), given.pop("decoder_attention_mask", None)
+    for bound in (0.1, 5.0):
+        settings = {
+            "max_new_tokens": 3 * CANVAS,
+            "max_denoising_steps": 3,
+            "sampler_config": transformers.models.diffusion_gemma.generation_diffusion_gemma.EntropyBoundSamplerConfig(
+                entropy_bound=bound
+            ),
+        }
+        found = []
+        for cache in ("dynamic", "static"):
+            torch.manual_seed(7)
+            found.append(model.generate(**given, cache_implementation=cache, **settings).sequences)
+        assert found[0].shape == (tiny.BATCH, tiny.LENGTH + 3 * CANVAS)
+        assert torch.equal(*found)
 
 
 def test_refuses_what_it_does_not_know(monkeypatch):

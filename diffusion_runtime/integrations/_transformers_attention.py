@@ -61,7 +61,8 @@ def attention_forward(
     Args:
         module: the layer; its ``is_causal`` counts where the argument is None.
         query: ``[batch, heads, length, head_dim]``.
-        key: ``[batch, kv_heads, num_keys, head_dim]``; or both segments of it, which are joined only under a mask.
+        key: ``[batch, kv_heads, num_keys, head_dim]``; or both segments of it, which are joined only under a mask that
+            is not one of padding at the ends.
         value: ``[batch, kv_heads, num_keys, value_dim]``.
         attention_mask: a :class:`RuleMask`, or a tensor as for :func:`diffusion_runtime.ops.attention`.
         dropout: above 0, torch's attention computes it.
@@ -85,11 +86,11 @@ def attention_forward(
                 f'attn_implementation="diffusion_runtime" cannot run {type(module).__name__} with {name}: {reason}'
             )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = attention_mask is None and s_aux is None and sinks is None and position_bias is None
-    if isinstance(key, Segments) and isinstance(value, Segments) and plain and not (is_causal or dropout):
-        prefix = ops.Prefix(key[0], value[0])
-        out = ops.attention(query, key[1], value[1], prefix=prefix, scale=scaling, softcap=softcap, backend=backend)
-        return out.transpose(1, 2).contiguous(), None
+    plain = s_aux is None and sinks is None and position_bias is None and not (is_causal or dropout)
+    if isinstance(key, Segments) and isinstance(value, Segments) and plain:
+        out = _over_segments(query, key, value, attention_mask, scale=scaling, softcap=softcap, backend=backend)
+        if out is not None:
+            return out.transpose(1, 2).contiguous(), None
     key, value = (x.join() if isinstance(x, Segments) else x for x in (key, value))
     if dropout:
         # softcap and the sinks are not torch's
@@ -131,6 +132,28 @@ def attention_forward(
             out = (out * (logsumexp - score).sigmoid()[..., None]).to(query.dtype)
             logsumexp = torch.logaddexp(logsumexp, score.to(logsumexp.dtype))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _over_segments(query: Tensor, key: Segments, value: Segments, mask: Tensor | None, **options: Any) -> Tensor | None:
+    """Attention to keys that are not joined, or None under a mask that is not one of padding at the ends."""
+    starts = ends = None
+    if mask is not None:
+        if not isinstance(mask, RuleMask) or mask.written is not None or not isinstance(mask.rule, ops.Bidirectional):
+            return None
+        if tuple(mask.shape) != (query.shape[0], 1, query.shape[2], key.shape[2]):
+            return None
+        starts, ends = mask.starts, mask.ends
+    if starts is None or ends is None:
+        whole: Tensor = ops.attention(query, key[1], value[1], prefix=ops.Prefix(key[0], value[0]), **options)
+        return whole
+    parts, before = [], 0
+    for keys, values in zip(key, value, strict=True):
+        length = keys.shape[2]
+        lengths = ((starts - before).clamp(0, length), (ends - before).clamp(0, length))
+        parts.append(ops.attention(query, keys, values, lengths=lengths, return_logsumexp=True, **options))
+        before += length
+    outs, logsumexps = zip(*parts, strict=True)
+    return ops.merge_attention(outs, logsumexps)[0]
 
 
 def _what_is_seen(

@@ -10,17 +10,8 @@ from torch import Tensor, nn
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stock
 
 from diffusion_runtime import ops
-from diffusion_runtime.integrations._transformers_attention import Segments
+from diffusion_runtime.integrations._transformers_cache import append_to_cache, decoder_masks
 from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, SelfConditioning, denoising_step
-
-
-def append_to_cache(self: Any, past_key_values: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
-    """In place of the decoder layer's method: the same keys and values, not joined where the cache grows."""
-    layer = past_key_values.layers[self.layer_idx]
-    if past_key_values.is_compileable or layer.keys is None or layer.keys.numel() == 0:
-        found: tuple[Any, Any] = type(self).append_to_cache(self, past_key_values, key, value)
-        return found
-    return Segments((layer.keys, key)), Segments((layer.values, value))
 
 
 class RMSNorm(stock.DiffusionGemmaRMSNorm):  # type: ignore[misc]
@@ -45,7 +36,11 @@ def why_not(model: object) -> str | None:
         method = getattr(type(getattr(layer, "self_attn", None)), "append_to_cache", None)
         if not isinstance(method, types.FunctionType) or method.__code__.co_varnames[:4] != _APPEND:
             return "joins its decoder's keys in another way than known here"
-    if tuple(inspect.signature(type(model)._denoising_step).parameters)[: len(PARAMETERS)] != PARAMETERS:
+    if _parameters(getattr(model.model.decoder, "create_diffusion_decoder_attention_mask", None)) != _MASKS:
+        return "makes its decoder's masks in another way than known here"
+    if _parameters(getattr(model, "_compile_functions", None)) != _COMPILE:
+        return "compiles its parts in another way than known here"
+    if _parameters(getattr(type(model), "_denoising_step", None))[: len(PARAMETERS)] != PARAMETERS:
         return "takes its denoising steps in another way than known here"
     if type(getattr(model.model.decoder, "self_conditioning", None)) is not stock.DiffusionGemmaSelfConditioning:
         return "conditions itself in another way than known here"
@@ -55,7 +50,13 @@ def why_not(model: object) -> str | None:
     return None
 
 
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters) if callable(function) else ()
+
+
 _APPEND = ("self", "past_key_values", "key_states", "value_states")
+_MASKS = ("config", "inputs_embeds", "past_key_values", "decoder_attention_mask")
+_COMPILE = ("sampler", "diffusion_stopping_criteria")
 
 
 def norms_of(model: nn.Module) -> list[nn.Module]:
@@ -73,13 +74,27 @@ def swap_norms(model: nn.Module, *, back: bool = False) -> int:
 
 def swap_cache(model: Any, *, back: bool = False) -> int:
     """Let the decoder's layers keep cache and canvas apart, or join them again; how many there are."""
-    layers = model.model.decoder.layers
-    for layer in layers:
+    decoder = model.model.decoder
+    if back:
+        vars(model).pop("_compile_functions", None)
+        vars(decoder).pop("create_diffusion_decoder_attention_mask", None)
+    else:
+        model._compile_functions = types.MethodType(leave_uncompiled, model)
+        decoder.create_diffusion_decoder_attention_mask = decoder_masks
+    for layer in decoder.layers:
         if back:
             vars(layer.self_attn).pop("append_to_cache", None)
         else:
             layer.self_attn.append_to_cache = types.MethodType(append_to_cache, layer.self_attn)
-    return len(layers)
+    return len(decoder.layers)
+
+
+def leave_uncompiled(self: Any, sampler: Any, diffusion_stopping_criteria: Any) -> tuple[Any, Any, Any, Any]:
+    """In place of ``_compile_functions``, which a static cache calls: the same functions, as they are.
+
+    Compiled, they keep the sampler of the first call for ever, and a window that moves would compile them anew.
+    """
+    return self.model.encoder, self.forward, sampler, diffusion_stopping_criteria
 
 
 def swap_sampler(model: Any, *, back: bool = False) -> None:

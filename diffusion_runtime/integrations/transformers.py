@@ -89,8 +89,10 @@ def accelerate(
             accepted positions, new noise, the stop and the next step's soft embedding. A logits processor of the
             caller's, or a compiled decoder, still makes the logits, which are then read once.
         attention: every attention layer runs :func:`diffusion_runtime.ops.attention`, and the decoder reads the cache
-            where it is: no joined copy, no repeated head. With a static cache, or padding in the batch, keys are joined
-            as before. Calls :func:`register`.
+            where it is, dynamic or static, padded or not: no joined copy, no repeated head. (Padding with holes is
+            joined as before.) With a static cache transformers would compile the model, and past the sliding window
+            write the canvas over older keys; here nothing is compiled, and a static cache gives what a dynamic one
+            gives. Calls :func:`register`.
         norms: RMS norms run :func:`diffusion_runtime.ops.rms_norm`.
         backend: of the attention, as for :func:`register`.
 

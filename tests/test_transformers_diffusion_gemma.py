@@ -116,12 +116,14 @@ def test_accelerated_logits(side, parts):
     report = bridge.accelerate(model, **parts)
     assert report.attention == (6 if parts.get("attention", True) else 0)
     assert (report.norms > 60) == parts.get("norms", True)
+    assert report.rotary == (12 if parts.get("norms", True) else 0)
     torch.testing.assert_close(model(**given).logits, expected, rtol=2e-4, atol=2e-4)
     bridge.restore(model)
     bridge.restore(model)
     assert torch.equal(model(**given).logits, expected)
     assert not any(isinstance(x, internals.RMSNorm) for x in model.modules())
     assert "_denoising_step" not in vars(model)
+    assert not any("forward" in vars(layer) for layer in internals.attention_layers(model))
 
 
 def two_canvases(model, cache, side, length):

@@ -1,4 +1,4 @@
-"""DiffusionGemma of transformers: its decoder's keys in two segments, and its norms in one pass."""
+"""DiffusionGemma of transformers: its decoder's keys in two segments, and its norms and rotations in one pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stock
 
 from diffusion_runtime import ops
+from diffusion_runtime.integrations import _transformers_heads as heads
 from diffusion_runtime.integrations._transformers_cache import append_to_cache, decoder_masks
 from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, SelfConditioning, denoising_step
 
@@ -36,6 +37,9 @@ def why_not(model: object) -> str | None:
         method = getattr(type(getattr(layer, "self_attn", None)), "append_to_cache", None)
         if not isinstance(method, types.FunctionType) or method.__code__.co_varnames[:4] != _APPEND:
             return "joins its decoder's keys in another way than known here"
+    for layer in attention_layers(model):
+        if _parameters(type(layer).forward) != heads.PARAMETERS or layer.q_norm.eps != layer.k_norm.eps:
+            return "normalises and rotates its heads in another way than known here"
     if _parameters(getattr(model.model.decoder, "create_diffusion_decoder_attention_mask", None)) != _MASKS:
         return "makes its decoder's masks in another way than known here"
     if _parameters(getattr(model, "_compile_functions", None)) != _COMPILE:
@@ -62,6 +66,24 @@ _COMPILE = ("sampler", "diffusion_stopping_criteria")
 def norms_of(model: nn.Module) -> list[nn.Module]:
     """Those that :class:`RMSNorm` can replace, or has replaced."""
     return [x for x in model.modules() if type(x) in (stock.DiffusionGemmaRMSNorm, RMSNorm)]
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Of the encoder and of the decoder."""
+    return [
+        layer.self_attn for part in (model.model.encoder.language_model, model.model.decoder) for layer in part.layers
+    ]
+
+
+def swap_heads(model: Any, *, back: bool = False) -> int:
+    """Let attention layers normalise and rotate in one pass, or as transformers does again; how many there are."""
+    layers = attention_layers(model)
+    for layer in layers:
+        if back:
+            vars(layer).pop("forward", None)
+        else:
+            layer.forward = types.MethodType(heads.forward, layer)
+    return len(layers)
 
 
 def swap_norms(model: nn.Module, *, back: bool = False) -> int:

@@ -70,6 +70,8 @@ class Acceleration:
     """Layers of the decoder whose cached keys are no longer joined to those of the canvas."""
     norms: int
     """Norms in one pass."""
+    rotary: int
+    """Attention layers, of encoder and decoder, that normalise and rotate queries and keys in one pass."""
     sampler: bool
     """Whether what follows the logits is ours."""
 
@@ -93,7 +95,8 @@ def accelerate(
             joined as before.) With a static cache transformers would compile the model, and past the sliding window
             write the canvas over older keys; here nothing is compiled, and a static cache gives what a dynamic one
             gives. Calls :func:`register`.
-        norms: RMS norms run :func:`diffusion_runtime.ops.rms_norm`.
+        norms: RMS norms run :func:`diffusion_runtime.ops.rms_norm`, and those of queries and keys, with the rotation
+            behind them, :func:`diffusion_runtime.ops.qk_norm_rope`.
         backend: of the attention, as for :func:`register`.
 
     Raises:
@@ -114,7 +117,10 @@ def accelerate(
     if sampler:
         internals.swap_sampler(model)
     return Acceleration(
-        internals.swap_cache(model) if attention else 0, internals.swap_norms(model) if norms else 0, sampler
+        attention=internals.swap_cache(model) if attention else 0,
+        norms=internals.swap_norms(model) if norms else 0,
+        rotary=internals.swap_heads(model) if norms else 0,
+        sampler=sampler,
     )
 
 
@@ -125,6 +131,7 @@ def restore(model: Any) -> None:
     internals = _internals()
     internals.swap_cache(model, back=True)
     internals.swap_norms(model, back=True)
+    internals.swap_heads(model, back=True)
     internals.swap_sampler(model, back=True)
     model.set_attn_implementation(_BEFORE.pop(model))
 

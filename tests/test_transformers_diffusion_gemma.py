@@ -126,6 +126,37 @@ def test_accelerated_logits(side, parts):
     assert not any("forward" in vars(layer) for layer in internals.attention_layers(model))
 
 
+def test_positions_of_each_sequence():
+    """Given, they differ from row to row, and so do the angles of queries and keys."""
+    given, model = inputs(None), make("sdpa")
+    shift = torch.tensor([[0], [7], [100]])
+    given |= {
+        "position_ids": torch.arange(tiny.LENGTH) + shift,
+        "decoder_position_ids": torch.arange(CANVAS) + tiny.LENGTH + 2 * shift,
+    }
+    expected = model(**given).logits
+    bridge.accelerate(model)
+    torch.testing.assert_close(model(**given).logits, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_gradients():
+    """Training runs through what was swapped."""
+    model = make("sdpa")
+    names = [name for name, _ in model.named_parameters() if "layers.0." in name or "layers.5." in name]
+    weights = [dict(model.named_parameters())[name] for name in names]
+    gradients = []
+    for accelerated in (False, True):
+        if accelerated:
+            bridge.accelerate(model)
+        loss = model(**inputs("left")).logits.square().mean()
+        gradients.append(torch.autograd.grad(loss, weights, allow_unused=True))
+    for name, expected, got in zip(names, *gradients, strict=True):
+        assert (expected is None) == (got is None), name
+        if expected is not None:
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * scale, msg=name)
+
+
 def two_canvases(model, cache, side, length):
     """Logits of a canvas behind a prompt, and of one more behind both."""
     generator = torch.Generator().manual_seed(5)

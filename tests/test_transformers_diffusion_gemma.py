@@ -27,24 +27,27 @@ def _registered():
     bridge.unregister()
 
 
-def make(attention: str):
-    text = transformers.DiffusionGemmaTextConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=6,  # five slide, the last does not
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        global_head_dim=32,
-        num_global_key_value_heads=1,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_experts=4,
-        top_k_experts=2,
-        sliding_window=6,
-        use_bidirectional_attention="vision",
-        pad_token_id=0,
-    )
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,  # five slide, the last does not
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "sliding_window": 6,
+    "use_bidirectional_attention": "vision",
+    "pad_token_id": 0,
+}
+
+
+def make(attention: str, **changes):
+    text = transformers.DiffusionGemmaTextConfig(**TEXT | changes)
     vision = transformers.Gemma4VisionConfig(
         hidden_size=16,
         intermediate_size=16,

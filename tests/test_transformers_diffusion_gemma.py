@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -246,3 +250,14 @@ def test_refuses_what_it_does_not_know(monkeypatch):
         bridge.accelerate(model)
     assert not any("append_to_cache" in vars(layer.self_attn) for layer in model.model.decoder.layers)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_example_runs_without_a_checkpoint():
+    script = Path(__file__).parents[1] / "examples/diffusion_gemma.py"
+    command = [sys.executable, "-W", "ignore", str(script), "--random-weights", "why?"]
+    settings = ["--max-new-tokens", "64", "--max-denoising-steps", "3"]
+    run = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    first, *_, last = run.stdout.strip().splitlines()
+    assert first == "Acceleration(attention=6, norms=137, rotary=12, sampler=True)"
+    assert last.startswith("64 tokens, 6 steps, ")

@@ -152,6 +152,34 @@ def test_the_generator_of_torch_decides_the_draws():
     assert not torch.equal(canvases[0], canvases[2])
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["transformers", "ours"])
+def test_draws_and_noise_are_of_their_distributions(ours):
+    """Chi-square, six standard deviations of it: accepted tokens by their probabilities, all others uniform."""
+    rows, steps = 4000, 4
+    model, given = state(steps, None)
+    canvas = given["current_canvas"][:1].expand(rows, -1).contiguous()
+    given |= {"current_canvas": canvas, "argmax_canvas": canvas, "finished_denoising": torch.zeros(rows).bool()}
+    torch.manual_seed(11)
+    after = (denoising_step if ours else type(model)._denoising_step)(model, **given)[0]
+    accepted = given["sampler"].accepted_token_mask
+    assert (accepted == accepted[0]).all()
+    assert 0 < accepted[0].sum() < CANVAS
+    logits = model.forward(canvas[:1], None).logits[0]
+    probability = (logits.double() / 0.8).softmax(-1)
+    counts = torch.nn.functional.one_hot(after, VOCAB).sum(0).double()
+    noise = counts[~accepted[0]].sum(0, keepdim=True)  # of all positions together, so that one token less is seen
+    counts = torch.cat((counts[accepted[0]], noise))
+    uniform = torch.full((1, VOCAB), noise.sum().item() / VOCAB)
+    expected = torch.cat((rows * probability[accepted[0]], uniform))
+    rare = expected < 5
+    for count, mean, pooled in zip(counts, expected, rare, strict=True):
+        seen, means = (torch.cat((x[~pooled], x[pooled].sum()[None])) for x in (count, mean))
+        freedom = int((means > 0).sum()) - 1
+        if freedom:
+            distance = ((seen - means).square() / means.clamp_min(1e-9)).sum()
+            assert distance < freedom + 6 * (2 * freedom) ** 0.5 + 12
+
+
 def test_another_sampler_runs_transformers_own_step():
     class Sampler(stock.EntropyBoundSampler):
         def renoise_canvas(self, accepted_canvas, cur_step):

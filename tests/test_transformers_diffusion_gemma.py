@@ -209,6 +209,15 @@ def test_no_key_is_joined_and_a_static_cache_is_right(monkeypatch, static, side,
     torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
 
 
+def test_a_canvas_that_ends_in_padding(monkeypatch):
+    given, model = inputs("left"), make("sdpa")
+    given["decoder_attention_mask"][:, -3:] = 0
+    expected = model(**given).logits
+    bridge.accelerate(model)
+    monkeypatch.setattr(Segments, "join", None)
+    torch.testing.assert_close(model(**given).logits, expected, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("side", [None, "left"])
 def test_generates_the_same_with_either_cache(side):
@@ -250,6 +259,15 @@ def test_refuses_what_it_does_not_know(monkeypatch):
         bridge.accelerate(model)
     assert not any("append_to_cache" in vars(layer.self_attn) for layer in model.model.decoder.layers)
     assert model.config._attn_implementation == "sdpa"
+    monkeypatch.undo()
+    layer = model.model.encoder.language_model.layers[2]
+    del layer.self_attn.q_norm
+    with pytest.raises(ValueError, match="rotates its heads in another way"):
+        bridge.accelerate(model)
+    del layer.self_attn
+    with pytest.raises(ValueError, match="rotates its heads in another way"):
+        bridge.accelerate(model)
+    assert not any("forward" in vars(layer) for layer in internals.attention_layers(model) if layer is not None)
 
 
 def test_the_example_runs_without_a_checkpoint():

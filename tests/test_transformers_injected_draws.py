@@ -22,6 +22,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _unregistered_afterwards():
+    yield
+    bridge.unregister()
+
+
 def case(seed: int):
     """A model of random weights, arguments of ``generate``, and the cache that ours has."""
     choose = random.Random(seed)
@@ -55,7 +61,7 @@ def case(seed: int):
 
 
 def recorded(monkeypatch, model, given):
-    """transformers' generation; what it drew, and what each step was given, made and accepted."""
+    """transformers' generation; what it drew, and what each step made and accepted, with entropies."""
     drawn, noise, steps = [], [], []
     multinomial, initialize = torch.multinomial, stock.EntropyBoundSampler.initialize_canvas
     step = type(model)._denoising_step
@@ -70,24 +76,23 @@ def recorded(monkeypatch, model, given):
 
     def watched(self, **settings):
         result = step(self, **settings)
-        steps.append((settings["finished_denoising"].clone(), *result[:2], settings["sampler"].accepted_token_mask))
-        entropies.append(torch.distributions.Categorical(logits=result[2].float()).entropy())
+        entropy = torch.distributions.Categorical(logits=result[2].float()).entropy()
+        steps.append((result[:2], settings["sampler"].accepted_token_mask, entropy))
         return result
 
-    entropies: list[torch.Tensor] = []
     with monkeypatch.context() as patch:
         patch.setattr(torch, "multinomial", draw)
         patch.setattr(stock.EntropyBoundSampler, "initialize_canvas", make_noise)
         patch.setattr(type(model), "_denoising_step", watched)
         out = model.generate(cache_implementation="dynamic", **given)
-    return out, drawn, noise, steps, entropies
+    return out, drawn, noise, steps
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_same_tokens(monkeypatch, seed):
     """Past the window with a static cache transformers is wrong, so that it always has a dynamic one."""
     model, given, cache = case(seed)
-    expected, drawn, noise, steps, entropies = recorded(monkeypatch, model, given)
+    expected, drawn, noise, steps = recorded(monkeypatch, model, given)
     bridge.accelerate(model)
     sample, commit = ops.sample_from_hidden, ops.commit_step
     step, taken = model._denoising_step, []
@@ -114,13 +119,11 @@ def test_same_tokens(monkeypatch, seed):
     monkeypatch.setattr(model, "_denoising_step", watched)
     got = model.generate(cache_implementation=cache, **given)
     assert len(taken) == len(steps) >= 3
-    for i, ((live, canvases, accepted), their_step) in enumerate(zip(taken, steps, strict=True)):
-        _, *their_canvases, their_accepted = their_step
+    for i, ((live, canvases, accepted), entropy, their_step) in enumerate(zip(taken, seen, steps, strict=True)):
+        their_canvases, their_accepted, their_entropy = their_step
         assert all(map(torch.equal, canvases, their_canvases)), i
         assert torch.equal(accepted[live], their_accepted[live]), i
-        torch.testing.assert_close(seen[i][live], entropies[i][live], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(entropy[live], their_entropy[live], rtol=1e-4, atol=1e-4)
     assert torch.equal(got.sequences, expected.sequences)
     assert torch.equal(got.tokens_per_forward, expected.tokens_per_forward)
     assert next(noise, None) is None
-    bridge.restore(model)
-    bridge.unregister()

@@ -11,7 +11,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 OLDEST = Path(sys.prefix) / "transformers-oldest"
-FILES = ("test_transformers_diffusion_gemma.py", "test_transformers_denoising_step.py")
+FILES = [f"test_transformers_{name}.py" for name in ("diffusion_gemma", "denoising_step", "injected_draws")]
 
 
 @pytest.mark.skipif(

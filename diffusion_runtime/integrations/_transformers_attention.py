@@ -136,22 +136,20 @@ def attention_forward(
 
 def _over_segments(query: Tensor, key: Segments, value: Segments, mask: Tensor | None, **options: Any) -> Tensor | None:
     """Attention to keys that are not joined, or None under a mask that is not one of padding at the ends."""
-    starts = ends = None
+    cut = None
     if mask is not None:
         if not isinstance(mask, RuleMask) or mask.written is not None or not isinstance(mask.rule, ops.Bidirectional):
             return None
         if tuple(mask.shape) != (query.shape[0], 1, query.shape[2], key.shape[2]):
             return None
-        starts, ends = mask.starts, mask.ends
-    if starts is None or ends is None:
+        cut = mask.cut(key[0].shape[2])
+    if cut is None:
         whole: Tensor = ops.attention(query, key[1], value[1], prefix=ops.Prefix(key[0], value[0]), **options)
         return whole
-    parts, before = [], 0
-    for keys, values in zip(key, value, strict=True):
-        length = keys.shape[2]
-        lengths = ((starts - before).clamp(0, length), (ends - before).clamp(0, length))
-        parts.append(ops.attention(query, keys, values, lengths=lengths, return_logsumexp=True, **options))
-        before += length
+    parts = [
+        ops.attention(query, keys, values, lengths=lengths, return_logsumexp=True, **options)
+        for keys, values, lengths in zip(key, value, cut, strict=True)
+    ]
     outs, logsumexps = zip(*parts, strict=True)
     return ops.merge_attention(outs, logsumexps)[0]
 

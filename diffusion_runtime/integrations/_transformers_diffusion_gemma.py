@@ -38,7 +38,8 @@ def why_not(model: object) -> str | None:
         if not isinstance(method, types.FunctionType) or method.__code__.co_varnames[:4] != _APPEND:
             return "joins its decoder's keys in another way than known here"
     for layer in attention_layers(model):
-        if _parameters(type(layer).forward) != heads.PARAMETERS or layer.q_norm.eps != layer.k_norm.eps:
+        eps = {getattr(getattr(layer, name, None), "eps", None) for name in ("q_norm", "k_norm")}
+        if _parameters(getattr(type(layer), "forward", None)) != heads.PARAMETERS or len(eps) != 1 or None in eps:
             return "normalises and rotates its heads in another way than known here"
     if _parameters(getattr(model.model.decoder, "create_diffusion_decoder_attention_mask", None)) != _MASKS:
         return "makes its decoder's masks in another way than known here"
@@ -71,7 +72,9 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
 def attention_layers(model: Any) -> list[Any]:
     """Of the encoder and of the decoder."""
     return [
-        layer.self_attn for part in (model.model.encoder.language_model, model.model.decoder) for layer in part.layers
+        getattr(layer, "self_attn", None)
+        for part in (model.model.encoder.language_model, model.model.decoder)
+        for layer in part.layers
     ]
 
 

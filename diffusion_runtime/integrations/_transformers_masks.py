@@ -28,13 +28,14 @@ class RuleMask(Tensor):
     starts: Tensor | None  # [batch] first key of each sequence that is not padding; None: no padding
     ends: Tensor | None
     written: Tensor | None
+    _cuts: dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
 
     @staticmethod
     def __new__(
         cls, rule: Rule, starts: Tensor | None, ends: Tensor | None, shape: tuple[int, ...], device: torch.device
     ) -> RuleMask:
         mask: RuleMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.rule, mask.starts, mask.ends, mask.written = rule, starts, ends, None
+        mask.rule, mask.starts, mask.ends, mask.written, mask._cuts = rule, starts, ends, None, {}
         return mask
 
     # results are ordinary tensors
@@ -56,6 +57,19 @@ class RuleMask(Tensor):
         if keep:
             self.written = dense = dense.contiguous()
         return dense
+
+    def cut(self, at: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """Starts and ends within the first ``at`` keys and within the rest; None without padding.
+
+        Every layer of every step asks for the same: they are computed once.
+        """
+        if self.starts is None or self.ends is None:
+            return None
+        if at not in self._cuts:
+            starts, ends, rest = self.starts, self.ends, self.shape[3] - at
+            before = (starts.clamp(0, at), ends.clamp(0, at))
+            self._cuts[at] = (before, ((starts - at).clamp(0, rest), (ends - at).clamp(0, rest)))
+        return self._cuts[at]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RuleMask({tuple(self.shape)}, {self.rule})"

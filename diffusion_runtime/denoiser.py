@@ -1,4 +1,4 @@
-"""The denoising loop: forward, sample, commit, until nothing is masked."""
+"""The denoising loop: forward, sample, commit, until nothing is masked or nothing changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime import ops
-from diffusion_runtime.decoding import POLICIES, Canvas, Policy, Rule, linear_quotas
+from diffusion_runtime.decoding import POLICIES, Canvas, Policy, Rule, UniformDiffusion, linear_quotas
 
 
 @dataclass(frozen=True)
@@ -20,27 +20,35 @@ class Step:
 
     index: int  # counts the forwards of the whole run, from 0
     block: slice  # the canvas, in the sequence
-    tokens: Tensor  # [batch, length] int64 after this step; a copy
-    commit_mask: Tensor  # [batch, length] bool: the positions that this step decided
-    samples: ops.TokenSamples  # [batch, block length]; token -1 where nothing was masked
+    tokens: Tensor  # [batch, length] int64 after this step; a copy. In uniform diffusion to the end of the block, the
+    # most probable token at each of its positions
+    commit_mask: Tensor  # [batch, length] bool: the positions that this step decided, or kept
+    samples: ops.TokenSamples  # [batch, block length]; token -1 where nothing was undecided
 
 
 class Denoiser:
-    """Fills masked positions of token sequences with a model, step by step.
+    """Decides undecided positions of token sequences with a model, step by step.
 
     Args:
         model: a module, or any callable, from ``[batch, length]`` int64 tokens to ``[batch, length, vocab]`` logits, or
             to an object that has them as ``.logits``. It runs as it is: put it into evaluation mode if it has one that
-            matters.
+            matters. In uniform diffusion it is shown the sequence to the end of the current block; if it has an
+            attribute ``self_conditioning_embedding`` (``[vocab, dim]``), it is called with ``self_conditioning=`` as
+            well: ``[batch, block length, dim]``, the embedding that the step before expects at each position of the
+            block (0 at a block's first step).
         policy: what a step commits: a name of :data:`diffusion_runtime.decoding.POLICIES`, a
-            :class:`~diffusion_runtime.decoding.Policy`, or a rule of your own (which is then scheduled).
+            :class:`~diffusion_runtime.decoding.Policy`, a rule of your own (which is then scheduled), or a
+            :class:`~diffusion_runtime.decoding.UniformDiffusion`.
         num_steps: forwards in all, split evenly over the blocks, of whose number it must be a multiple; a block without
             masked positions takes none of its share. None: one position per forward in the row that has most. A
-            policy without a schedule takes None only.
+            policy without a schedule takes None only. In uniform diffusion, which may stop early, the most forwards;
+            None: what the policy says, for each block.
         block_length: blocks are decided one after the other, from the left. None: everything is one block. The last
             block may be shorter.
         temperature: 0 takes the most probable token; above, tokens are drawn. Confidences stay those at temperature 1.
+            Uniform diffusion has its own.
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
+            Uniform diffusion has none.
         backend: of :func:`diffusion_runtime.ops.sample_tokens`.
 
     A row depends on its own tokens and seed alone, never on its neighbours in the batch, as far as the model's own
@@ -49,9 +57,9 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Callable[[Tensor], Any],
+        model: Callable[..., Any],
         *,
-        policy: str | Policy | Rule = "low_confidence",
+        policy: str | Policy | UniformDiffusion | Rule = "low_confidence",
         num_steps: int | None = None,
         block_length: int | None = None,
         temperature: float = 0.0,
@@ -62,15 +70,22 @@ class Denoiser:
             if policy not in POLICIES:
                 raise ValueError(f"unknown policy {policy!r}; expected one of {', '.join(POLICIES)}")
             policy = POLICIES[policy]
-        self.policy = policy if isinstance(policy, Policy) else Policy(policy)
+        self.policy = policy if isinstance(policy, Policy | UniformDiffusion) else Policy(policy)
         for name, value in (("num_steps", num_steps), ("block_length", block_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
-        if num_steps is not None and not self.policy.scheduled:
+        if isinstance(self.policy, UniformDiffusion):
+            if temperature != 0.0 or mask_token_id is not None:
+                raise ValueError(
+                    "uniform diffusion has temperatures of its own and no mask token: temperature and mask_token_id "
+                    f"must not be given, got {temperature} and {mask_token_id}"
+                )
+            mask_token_id = -1  # which no token is
+        elif num_steps is not None and not self.policy.scheduled:
             raise ValueError(f"the policy decides itself when it is done: num_steps must be None, got {num_steps}")
-        if mask_token_id is None:
+        elif mask_token_id is None:
             mask_token_id = getattr(model, "mask_token_id", None)
             if mask_token_id is None:
                 raise ValueError("mask_token_id is needed: the model has no attribute of that name")
@@ -95,7 +110,7 @@ class Denoiser:
         return self._last(self.stream(tokens, max_new_tokens=max_new_tokens, seed=seed))
 
     def infill(self, tokens: Tensor, *, seed: Tensor | int = 0) -> Tensor:
-        """Fill every position that holds the mask token; the others never change.
+        """Fill every position that holds the mask token; the others never change. Not in uniform diffusion.
 
         Args:
             tokens: ``[batch, length]`` int64, not written to.
@@ -109,20 +124,44 @@ class Denoiser:
     @torch.no_grad()
     def stream(self, tokens: Tensor, *, max_new_tokens: int | None = None, seed: Tensor | int = 0) -> Iterator[Step]:
         """Yield a :class:`Step` after each forward: of :meth:`generate`, or without ``max_new_tokens`` of infill."""
-        origin = 0 if max_new_tokens is None else tokens.shape[-1]
-        tokens = self._canvas_tokens(tokens, max_new_tokens)
+        self._check(tokens, max_new_tokens)
         seeds = self._seeds(seed, tokens)
+        if isinstance(self.policy, Policy):
+            yield from self._from_masks(self.policy, tokens, max_new_tokens, seeds)
+        elif max_new_tokens is None:
+            raise ValueError("uniform diffusion has no masked positions to fill; max_new_tokens must be given")
+        else:
+            yield from self._from_noise(self.policy, tokens, max_new_tokens, seeds)
+
+    def _from_masks(self, policy: Policy, tokens: Tensor, max_new_tokens: int | None, seeds: Tensor) -> Iterator[Step]:
+        origin = 0 if max_new_tokens is None else tokens.shape[1]
+        tokens = torch.nn.functional.pad(tokens, (0, max_new_tokens or 0), value=self.mask_token_id)
         position = torch.arange(tokens.shape[1], device=tokens.device)
         steps = torch.zeros_like(seeds)
         index = 0
-        for block in self._blocks(tokens == self.mask_token_id, origin):
+        for block in self._blocks_with_masks(tokens == self.mask_token_id, origin):
             num_masked = (tokens[:, block] == self.mask_token_id).sum(1)
-            for quota in linear_quotas(num_masked, self._steps_of_block(num_masked, tokens.shape[1] - origin)):
+            # one position a forward, or a share of all blocks, not of those that the batch has masks in: a row would
+            # depend on its neighbours
+            share = self._steps_of_block(tokens.shape[1] - origin) or int(num_masked.max())
+            for quota in linear_quotas(num_masked, share):
                 canvas = Canvas(tokens[:, block] == self.mask_token_id, quota, position[block], seeds, steps)
-                if not self.policy.scheduled and not canvas.masked.any():
+                if not policy.scheduled and not canvas.masked.any():
                     break
-                samples = self._sample(tokens, block, canvas)
-                commit_mask = self.policy.rule(samples, canvas) & canvas.masked
+                logits = self._logits(tokens)
+                samples = ops.sample_tokens(
+                    logits[:, block],
+                    temperature=self.temperature,
+                    seed=canvas.seed,
+                    position=canvas.position,
+                    step=canvas.step,
+                    masked=canvas.masked,
+                    # a committed mask token would stay undecided for ever
+                    suppress=[self.mask_token_id] if self.mask_token_id < logits.shape[-1] else None,
+                    statistics="restricted",
+                    backend=self.backend,
+                )
+                commit_mask = policy.rule(samples, canvas) & canvas.masked
                 committed = ops.commit_tokens(tokens[:, block], samples.token, commit_mask)
                 tokens = tokens.clone()  # the tensor of the previous Step stays as it was
                 tokens[:, block] = committed
@@ -131,37 +170,68 @@ class Denoiser:
                 steps = steps + canvas.masked.any(1, keepdim=True)
                 index += 1
 
-    def _sample(self, tokens: Tensor, block: slice, canvas: Canvas) -> ops.TokenSamples:
-        output = self.model(tokens)
-        logits = getattr(output, "logits", output)
+    def _from_noise(
+        self, policy: UniformDiffusion, prompt: Tensor, max_new_tokens: int, seeds: Tensor
+    ) -> Iterator[Step]:
+        num_steps = self._steps_of_block(max_new_tokens) or policy.num_steps
+        embedding: Tensor | None = getattr(self.model, "self_conditioning_embedding", None)
+        steps = torch.zeros_like(seeds)
+        tokens = prompt
+        index = 0
+        for block in self._blocks(prompt.shape[1], prompt.shape[1] + max_new_tokens):
+            before = tokens
+            canvas = policy.begin(torch.arange(block.start, block.stop, device=prompt.device), seeds, steps)
+            expected = None if embedding is None else embedding.new_zeros(*canvas.tokens.shape, embedding.shape[1])
+            for step in range(num_steps):
+                logits = self._logits(torch.cat((before, canvas.tokens), 1), expected)[:, block]
+                if logits.shape[-1] != policy.vocab_size:
+                    raise ValueError(f"the model must give {policy.vocab_size} logits, got {logits.shape[-1]}")
+                temperature = policy.temperature(step, num_steps)
+                samples = ops.sample_tokens(
+                    logits,
+                    temperature=temperature,
+                    statistics_temperature=temperature,
+                    seed=canvas.seed,
+                    position=canvas.position,
+                    step=canvas.step,
+                    masked=canvas.live[:, None],
+                    backend=self.backend,
+                )
+                canvas = policy.step(samples, canvas)
+                tokens = torch.cat((before, canvas.answer), 1)
+                yield Step(index, block, tokens, self._widen(canvas.commit_mask, block, tokens), samples)
+                index += 1
+                if (step + 1) % policy.check_every == 0 and not canvas.live.any():
+                    break
+                if embedding is not None:
+                    expected = ops.soft_embedding(
+                        logits,
+                        embedding,
+                        temperature=temperature,
+                        masked=canvas.live[:, None],
+                        logsumexp=samples.logsumexp,
+                        backend=self.backend,
+                    )
+            steps = canvas.step
+
+    def _logits(self, tokens: Tensor, expected: Tensor | None = None) -> Tensor:
+        output = self.model(tokens) if expected is None else self.model(tokens, self_conditioning=expected)
+        logits: Tensor = getattr(output, "logits", output)
         if logits.shape[:2] != tokens.shape or logits.ndim != 3:
             raise ValueError(
                 f"the model must give logits [{tokens.shape[0]}, {tokens.shape[1]}, vocab], got {tuple(logits.shape)}"
             )
-        # a committed mask token would stay undecided for ever
-        suppress = [self.mask_token_id] if self.mask_token_id < logits.shape[-1] else None
-        return ops.sample_tokens(
-            logits[:, block],
-            temperature=self.temperature,
-            seed=canvas.seed,
-            position=canvas.position,
-            step=canvas.step,
-            masked=canvas.masked,
-            suppress=suppress,
-            statistics="restricted",
-            backend=self.backend,
-        )
+        return logits
 
-    def _canvas_tokens(self, tokens: Tensor, max_new_tokens: int | None) -> Tensor:
+    def _check(self, tokens: Tensor, max_new_tokens: int | None) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens must be [batch, length] int64, got {tuple(tokens.shape)} {tokens.dtype}")
         if max_new_tokens is None:
-            return tokens
+            return
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if (tokens == self.mask_token_id).any():
             raise ValueError(f"the prompt holds the mask token {self.mask_token_id}; infill fills masked positions")
-        return torch.nn.functional.pad(tokens, (0, max_new_tokens), value=self.mask_token_id)
 
     def _seeds(self, seed: Tensor | int, tokens: Tensor) -> Tensor:
         if not isinstance(seed, Tensor | int):
@@ -174,18 +244,18 @@ class Denoiser:
             raise ValueError(f"seed must be an int or [{len(tokens)}] int64, got {tuple(seed.shape)} {seed.dtype}")
         return seed[:, None]
 
-    def _blocks(self, masked: Tensor, origin: int) -> list[slice]:
-        """The blocks of a grid that begins at ``origin`` in which any row has masked positions."""
-        end = masked.shape[1]
-        length = self.block_length or end - origin
-        columns = (masked.any(0).nonzero()[:, 0] - origin).tolist()
-        starts = sorted({origin + column // length * length for column in columns})
-        return [slice(start, min(start + length, end)) for start in starts]
+    def _blocks(self, origin: int, end: int) -> list[slice]:
+        length = self.block_length or max(1, end - origin)
+        return [slice(start, min(start + length, end)) for start in range(origin, end, length)]
 
-    def _steps_of_block(self, num_masked: Tensor, length: int) -> int:
+    def _blocks_with_masks(self, masked: Tensor, origin: int) -> list[slice]:
+        """The blocks of a grid that begins at ``origin`` in which any row has masked positions."""
+        columns = masked.any(0).tolist()
+        return [block for block in self._blocks(origin, masked.shape[1]) if any(columns[block])]
+
+    def _steps_of_block(self, length: int) -> int | None:
         if self.num_steps is None:
-            return int(num_masked.max())
-        # of all blocks, not of those that the batch has masks in: a row would depend on its neighbours
+            return None
         num_blocks = math.ceil(length / (self.block_length or length))
         if self.num_steps % num_blocks:
             raise ValueError(f"num_steps must be a multiple of the {num_blocks} blocks, got {self.num_steps}")

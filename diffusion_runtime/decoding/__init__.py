@@ -12,12 +12,15 @@ from diffusion_runtime.decoding.policies import (
     topk_margin,
 )
 from diffusion_runtime.decoding.schedule import linear_quotas
+from diffusion_runtime.decoding.uniform import NoisyCanvas, UniformDiffusion
 
 __all__ = [
     "POLICIES",
     "Canvas",
+    "NoisyCanvas",
     "Policy",
     "Rule",
+    "UniformDiffusion",
     "entropy",
     "linear_quotas",
     "low_confidence",

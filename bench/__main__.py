@@ -76,6 +76,7 @@ def _suite(args: argparse.Namespace) -> int:
             results = list(compare(SUITES[name](device), device, args.rounds))
             kept[name] = [asdict(result) for result in results]
             print("", comparisons_markdown(results), sep="\n", flush=True)
+            _keep(kept, args.json)  # each time: a run may be cut short
     except WrongAnswerError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -83,9 +84,13 @@ def _suite(args: argparse.Namespace) -> int:
         points = list(growth.measure(device, args.rounds))
         kept["growth"] = [asdict(point) for point in points]
         print("", growth.markdown(points), sep="\n")
-    if args.json:
-        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+        _keep(kept, args.json)
     return 0
+
+
+def _keep(kept: dict[str, object], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -38,20 +38,22 @@ def assert_as_accurate(actual: Tensor, same_dtype: Tensor, truth: Tensor, *, flo
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Make ``torch.empty`` return NaN (the largest integer, or True), so that an element left unwritten shows."""
+    """Make ``torch.empty`` and ``empty_like`` return NaN (the largest integer, or True): what stays unwritten shows."""
     with torch.device("meta"):  # a device context collects the functions it redirects once: the real one, not ours
         torch.empty(0)
-    empty = torch.empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = empty(*args, **kwargs)
-        if out.device.type == "meta":
-            return out
-        if out.dtype == torch.bool:
-            return out.fill_(True)
-        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+    def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            if out.device.type == "meta":
+                return out
+            if out.dtype == torch.bool:
+                return out.fill_(True)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
-    with patch("torch.empty", poisoned):
+        return poisoned
+
+    with patch("torch.empty", poisoning(torch.empty)), patch("torch.empty_like", poisoning(torch.empty_like)):
         yield
 
 

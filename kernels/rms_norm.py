@@ -90,7 +90,7 @@ def _options(size: int) -> dict[str, Any]:
 
 
 def rms_norm(
-    x: Tensor,  # [outer, middle, inner, size], stride 1 along size
+    x: Tensor,  # [..., size] with at most three leading dimensions, stride 1 along size
     weight: Tensor | None,  # [size]
     eps: float,
     weight_offset: float,
@@ -98,6 +98,7 @@ def rms_norm(
     out: Tensor,  # contiguous, as many elements
 ) -> None:
     """Fill ``out`` with ``x / sqrt(mean(x ** 2) + eps) * (weight_offset + weight)``."""
+    x = x.view((1,) * (4 - x.ndim) + x.shape)
     outer, middle, inner, size = x.shape
     num_rows = outer * middle * inner
     if not num_rows or not size:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench import attention_suites, growth, norm_suites, suites
+from bench import attention_suites, diffusion_gemma_suite, growth, norm_suites, suites
 from bench.__main__ import main
 from bench.comparison import Result, markdown
 from bench.growth import Point, fit
@@ -27,12 +27,20 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_suites, "PREFILL", 70)
     monkeypatch.setattr(norm_suites, "NORMS", ((3, 40),))
     monkeypatch.setattr(norm_suites, "HEADS", ((5, 4, 2, 16),))
+    tiny = dict.fromkeys(
+        ("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "global_head_dim"), 16
+    )
+    few = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads"), 1)
+    text = tiny | few | {"vocab_size": 99, "num_hidden_layers": 2, "num_experts": 2, "top_k_experts": 1}
+    size = diffusion_gemma_suite.Size("tiny", text, prompts=((2, 5),), canvas=4, static_up_to=9)
+    monkeypatch.setattr(diffusion_gemma_suite, "SIZES", {"cpu": (size,)})
     # compiling takes longer than all of this
     monkeypatch.setattr(attention_suites, "_flex", lambda: lambda q, k, v, **_: sdpa(q, k, v, enable_gqa=True))
     monkeypatch.setattr(growth, "ROWS", (1, 3))
     monkeypatch.setattr(growth, "VOCAB", (50, 400))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of its compiler
 def test_every_suite_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "suites.json"
     assert main(["--suite", "all", "--device", "cpu", "--rounds", "2", "--json", str(path)]) == 0

@@ -133,6 +133,20 @@ def test_accelerated_logits(side, parts):
     assert not any("forward" in vars(layer) for layer in internals.attention_layers(model))
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_attention_that_is_set_to_another_afterwards(cache):
+    """An accelerated model whose attention somebody changes reads its cache as that attention does."""
+    given, model = inputs(None), make("sdpa")
+    expected = model(**given).logits
+    bridge.accelerate(model)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(**given).logits, expected, rtol=2e-4, atol=2e-4)
+    settings = {"cache_implementation": cache, "disable_compile": True, "max_denoising_steps": 2}
+    assert (
+        model.generate(input_ids=given["input_ids"][:, :3], max_new_tokens=CANVAS, **settings).sequences.shape[1] == 11
+    )
+
+
 def test_positions_of_each_sequence():
     """Given, they differ from row to row, and so do the angles of queries and keys."""
     given, model = inputs(None), make("sdpa")
@@ -277,5 +291,5 @@ def test_the_example_runs_without_a_checkpoint():
     run = subprocess.run([*command, *settings], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     first, *_, last = run.stdout.strip().splitlines()
-    assert first == "Acceleration(attention=6, norms=137, rotary=12, sampler=True)"
+    assert first == "Acceleration(attention=6, norms=137, rotary=12, sampler=True, graphs=False)"
     assert last.startswith("64 tokens, 6 steps, ")

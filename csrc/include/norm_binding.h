@@ -22,19 +22,23 @@ inline void check_norm_weight(const char* name, const std::optional<TensorView>&
         ", got ", weight->dtype());
 }
 
-// x [outer, middle, inner, size]; out contiguous with as many elements, of the dtype of x
+// x [..., size] with at most three leading dimensions; out contiguous with as many elements, of the dtype of x
 inline RmsNorm rms_norm_of(const TensorView& x, const std::optional<TensorView>& weight, float eps, float weight_offset,
                            bool round_before_weight, const TensorView& out) {
-  check(x.ndim() == 4 && (x.size(3) <= 1 || x.stride(3) == 1),
-        "rms_norm: x must be [outer, middle, inner, size] with stride 1 along size, got ", x.shape());
+  check(x.ndim() >= 1 && x.ndim() <= 4 && (x.size(-1) <= 1 || x.stride(-1) == 1),
+        "rms_norm: x must be [..., size] of at most 4 dimensions with stride 1 along size, got ", x.shape());
+  // as [outer, middle, inner, size]: dimensions that x lacks have size 1
+  const int missing = 4 - x.ndim();
+  const auto size = [&](int dim) { return dim < missing ? 1 : x.size(dim - missing); };
+  const auto stride = [&](int dim) { return dim < missing ? 0 : x.stride(dim - missing); };
   check_norm_weight("weight", weight, x);
   check_beside("out", out, x);
   check(out.dtype() == x.dtype() && out.numel() == x.numel() && out.is_contiguous(),
         "rms_norm: out must be contiguous with the elements and dtype of x, got ", out.shape());
   RmsNorm op{};
   op.x = x.raw_data(), op.type = logit_type(x.dtype());
-  op.middle = x.size(1), op.inner = x.size(2), op.rows = x.size(0) * x.size(1) * x.size(2), op.size = x.size(3);
-  op.outer_stride = x.stride(0), op.middle_stride = x.stride(1), op.inner_stride = x.stride(2);
+  op.middle = size(1), op.inner = size(2), op.rows = size(0) * size(1) * size(2), op.size = size(3);
+  op.outer_stride = stride(0), op.middle_stride = stride(1), op.inner_stride = stride(2);
   op.weight = weight ? weight->raw_data() : nullptr;
   op.weight_type = weight ? logit_type(weight->dtype()) : LogitType::Float32;
   op.eps = eps, op.weight_offset = weight_offset, op.round_before_weight = round_before_weight;

@@ -8,16 +8,18 @@ from torch import Tensor
 from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stock
 
 from diffusion_runtime.integrations._transformers_attention import Segments
+from diffusion_runtime.integrations.transformers import NAME
 
 
 def append_to_cache(self: Any, past_key_values: Any, key: Tensor, value: Tensor) -> tuple[Any, Any]:
     """In place of the decoder layer's method: the same keys and values, not joined.
 
     Of a static cache, only what is filled; of its sliding layers, the last ``sliding_window - 1`` tokens, which is what
-    a dynamic cache keeps. transformers itself writes the canvas over older keys there once the window is full.
+    a dynamic cache keeps. transformers itself writes the canvas over older keys there once the window is full. A model
+    whose attention was set to another one since gets what that reads.
     """
     layer = past_key_values.layers[self.layer_idx]
-    if layer.keys is None or layer.keys.numel() == 0:
+    if not is_ours(self.config) or layer.keys is None or layer.keys.numel() == 0:
         found: tuple[Any, Any] = type(self).append_to_cache(self, past_key_values, key, value)
         return found
     keys, values = layer.keys, layer.values
@@ -26,6 +28,11 @@ def append_to_cache(self: Any, past_key_values: Any, key: Tensor, value: Tensor)
         start = max(end - self.sliding_window + 1, 0) if layer.is_sliding else 0
         keys, values = keys[:, :, start:end], values[:, :, start:end]
     return Segments((keys, key)), Segments((values, value))
+
+
+def is_ours(config: Any) -> bool:
+    """Whether attention is :func:`diffusion_runtime.ops.attention`."""
+    return bool(config._attn_implementation == NAME)
 
 
 def length_of(cache: Any) -> int:
@@ -42,7 +49,7 @@ def decoder_masks(
     decoder_attention_mask: Tensor | dict[str, Any] | None = None,
 ) -> dict[str, Tensor | None]:
     """In place of ``create_diffusion_decoder_attention_mask``: its own, for what :func:`append_to_cache` gives."""
-    static = past_key_values is not None and past_key_values.is_compileable
+    static = past_key_values is not None and past_key_values.is_compileable and is_ours(config)
     masks: dict[str, Tensor | None] = stock.DiffusionGemmaDecoderModel.create_diffusion_decoder_attention_mask(
         config=config,
         inputs_embeds=inputs_embeds,

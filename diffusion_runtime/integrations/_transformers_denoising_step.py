@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +73,38 @@ class Carried:
         return (logits / self.temperature[..., None]).to(self.embedding.dtype).cpu()
 
 
+class State(NamedTuple):
+    """What a step takes, and leaves to the next: in the order of what transformers' step returns."""
+
+    canvas: Tensor  # [batch, canvas] int64
+    argmax: Tensor  # [batch, canvas] int64
+    carried: Tensor | Carried | None  # None: nothing, before a canvas' first step
+    finished: Tensor  # [batch] bool
+
+    @property
+    def live(self) -> Tensor:
+        """``[batch, canvas]``, the positions of rows that have not finished."""
+        return (~self.finished)[:, None].expand_as(self.canvas)
+
+    def write_to(self, memory: State) -> None:
+        """Overwrite what another state holds. Both have a :class:`Carried`."""
+        assert isinstance(self.carried, Carried)
+        assert isinstance(memory.carried, Carried)
+        for new, old in (
+            (self.canvas, memory.canvas),
+            (self.argmax, memory.argmax),
+            (self.finished, memory.finished),
+            (self.carried.hidden, memory.carried.hidden),
+            (self.carried.logsumexp, memory.carried.logsumexp),
+            (self.carried.temperature, memory.carried.temperature),
+        ):
+            if new is not old:
+                old.copy_(new)
+
+
+Step = Callable[[State, Any, Tensor], State]  # state, temperature (a float or a tensor), seed
+
+
 def denoising_step(
     self: Any,
     decoder_forward: Any,
@@ -87,7 +121,7 @@ def denoising_step(
     logits_processor: Any,
     diffusion_stopping_criteria: Any,
     **model_kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor | Carried, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | Carried | None, Tensor]:
     """In place of ``DiffusionGemmaGenerationMixin._denoising_step``: the same rules.
 
     The argmax, the accepted positions and the stop are transformers'. The draws follow the same distribution, keyed by
@@ -107,57 +141,87 @@ def denoising_step(
         )  # fmt: skip
         return result
     others, temperature = _split(logits_processor, cur_step)
-    live = (~finished_denoising)[:, None].expand_as(current_canvas)
-    seed = torch.randint(2**63 - 1, (len(current_canvas), 1), device=current_canvas.device)
-    settings: dict[str, Any] = {
-        "temperature": temperature,
-        "statistics_temperature": temperature,
-        "seed": seed,
-        "masked": live,
-    }
     inputs = {
-        "decoder_input_ids": current_canvas,
         "decoder_attention_mask": mask_mapping,
         "past_key_values": past_key_values,
         "decoder_position_ids": decoder_position_ids,
         **model_kwargs,
     }
-    before = self_conditioning_logits
-    carried: Tensor | Carried
+    state = State(current_canvas, argmax_canvas, self_conditioning_logits, finished_denoising)
+    seed = torch.randint(2**63 - 1, (len(current_canvas), 1), device=current_canvas.device)
     if not others and getattr(decoder_forward, "__func__", None) is type(self).forward:
-        hidden = _hidden(self, before, live, inputs)
-        weight, softcap = self.lm_head.weight, self.final_logit_softcapping
-        samples = ops.sample_from_hidden(hidden, weight, softcap=softcap, **settings)
-        embedding = self.model.decoder.embed_tokens.weight
-        at = torch.full_like(samples.logsumexp[:, :1], temperature)
-        carried = Carried(hidden, samples.logsumexp, at, weight, embedding, softcap)
-        if isinstance(before, Carried) and len(live) > 1:  # of a single row the loop ends where it finishes
-            carried = carried.where(live, before)
-    else:
-        logits = decoder_forward(self_conditioning_logits=before, **inputs).logits
-        if others:
-            left = torch.tensor(cur_step, device=logits.device, dtype=torch.int32)
-            logits = LogitsProcessorList(others)(input_ids, logits, cur_step=left)
-        samples = ops.sample_tokens(logits, **settings)
-        dtype = self.model.decoder.embed_tokens.weight.dtype
-        carried = torch.div(logits, temperature, out=torch.empty_like(logits, dtype=dtype))
-        if isinstance(before, Tensor) and len(live) > 1:
-            carried = torch.where(live[:, :, None], carried, before)
+        step = partial(_from_hidden, self, inputs, sampler, stop)
+        graphs = vars(self).get("_step_graphs")
+        if graphs is None:
+            return step(state, temperature, seed)
+        taken: State = graphs.take(step, state, temperature, seed, generation=sampler)
+        return taken
+    logits = decoder_forward(
+        decoder_input_ids=current_canvas, self_conditioning_logits=self_conditioning_logits, **inputs
+    ).logits
+    if others:
+        left = torch.tensor(cur_step, device=logits.device, dtype=torch.int32)
+        logits = LogitsProcessorList(others)(input_ids, logits, cur_step=left)
+    return _from_logits(logits, self.model.decoder.embed_tokens.weight.dtype, sampler, stop, state, temperature, seed)
+
+
+def _from_hidden(
+    model: Any, inputs: dict[str, Any], sampler: Any, stop: Any, state: State, temperature: Tensor | float, seed: Tensor
+) -> State:
+    """A step without logits. A temperature that is a tensor is read when the step runs, not when it is called."""
+    live, before = state.live, state.carried
+    hidden = _hidden(model, before, live, {"decoder_input_ids": state.canvas, **inputs})
+    weight, softcap = model.lm_head.weight, model.final_logit_softcapping
+    samples = ops.sample_from_hidden(
+        hidden,
+        weight,
+        softcap=softcap,
+        temperature=temperature,
+        statistics_temperature=temperature,
+        seed=seed,
+        masked=live,
+    )
+    embedding = model.model.decoder.embed_tokens.weight
+    at = torch.ones_like(samples.logsumexp[:, :1]) * temperature
+    carried = Carried(hidden, samples.logsumexp, at, weight, embedding, softcap)
+    if isinstance(before, Carried) and len(live) > 1:  # of a single row the loop ends where it finishes
+        carried = carried.where(live, before)
+    return _decide(samples, carried, sampler, stop, state, seed)
+
+
+def _from_logits(
+    logits: Tensor, dtype: torch.dtype, sampler: Any, stop: Any, state: State, temperature: float, seed: Tensor
+) -> State:
+    """A step whose logits exist; what it carries is what transformers would, in the dtype of the model."""
+    samples = ops.sample_tokens(
+        logits, temperature=temperature, statistics_temperature=temperature, seed=seed, masked=state.live
+    )
+    carried = torch.div(logits, temperature, out=torch.empty_like(logits, dtype=dtype))
+    if isinstance(state.carried, Tensor) and len(logits) > 1:
+        carried = torch.where(state.live[:, :, None], carried, state.carried)
+    return _decide(samples, carried, sampler, stop, state, seed)
+
+
+def _decide(
+    samples: ops.TokenSamples, carried: Tensor | Carried, sampler: Any, stop: Any, state: State, seed: Tensor
+) -> State:
+    """What is accepted, noise for the rest, and who has finished."""
     canvas, sampler.accepted_token_mask = ops.commit_step(
-        current_canvas,
+        state.canvas,
         samples.token,
         samples.entropy,
-        live,
+        state.live,
         rule="entropy_bound",
         bound=sampler.entropy_bound,
         renoise_vocab=sampler.vocab_size,
         seed=seed,
         step=1,  # another number of the same key than the draw's
     )
-    argmax = torch.where(live, samples.argmax, argmax_canvas)
+    argmax = torch.where(state.live, samples.argmax, state.argmax)
+    finished = state.finished
     if stop is not None:
-        finished_denoising |= _stable(stop, argmax) & (samples.entropy.mean(-1) < stop.confidence_threshold)
-    return canvas, argmax, carried, finished_denoising
+        finished |= _stable(stop, argmax) & (samples.entropy.mean(-1) < stop.confidence_threshold)
+    return State(canvas, argmax, carried, finished)
 
 
 def _hidden(model: Any, before: Tensor | Carried | None, live: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -190,5 +254,6 @@ def _stable(stop: Any, argmax: Tensor) -> Tensor:
     if stop.argmax_canvas_history is None:
         stop.argmax_canvas_history = argmax.new_full((stop.stability_threshold, *argmax.shape), -1)
     stable: Tensor = (stop.argmax_canvas_history == argmax).all(-1).all(0)
-    stop.argmax_canvas_history = torch.cat((stop.argmax_canvas_history[1:], argmax[None]))
+    # in place: a step that is replayed knows its memory only
+    stop.argmax_canvas_history.copy_(torch.cat((stop.argmax_canvas_history[1:], argmax[None])))
     return stable

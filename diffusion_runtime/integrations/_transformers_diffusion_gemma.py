@@ -11,8 +11,9 @@ from transformers.models.diffusion_gemma import modeling_diffusion_gemma as stoc
 
 from diffusion_runtime import ops
 from diffusion_runtime.integrations import _transformers_heads as heads
-from diffusion_runtime.integrations._transformers_cache import append_to_cache, decoder_masks
+from diffusion_runtime.integrations._transformers_cache import append_to_cache, decoder_masks, is_ours
 from diffusion_runtime.integrations._transformers_denoising_step import PARAMETERS, SelfConditioning, denoising_step
+from diffusion_runtime.integrations._transformers_step_graphs import StepGraphs, cuda_graphs
 
 
 class RMSNorm(stock.DiffusionGemmaRMSNorm):  # type: ignore[misc]
@@ -119,6 +120,9 @@ def leave_uncompiled(self: Any, sampler: Any, diffusion_stopping_criteria: Any) 
 
     Compiled, they keep the sampler of the first call for ever, and a window that moves would compile them anew.
     """
+    if not is_ours(self.config):
+        compiled: tuple[Any, Any, Any, Any] = type(self)._compile_functions(self, sampler, diffusion_stopping_criteria)
+        return compiled
     return self.model.encoder, self.forward, sampler, diffusion_stopping_criteria
 
 
@@ -127,8 +131,14 @@ def swap_sampler(model: Any, *, back: bool = False) -> None:
     module = model.model.decoder.self_conditioning
     if back:
         vars(model).pop("_denoising_step", None)
+        vars(model).pop("_step_graphs", None)
         vars(module).pop("signal", None)
         module.__class__ = stock.DiffusionGemmaSelfConditioning
     else:
         model._denoising_step = types.MethodType(denoising_step, model)
         module.__class__ = SelfConditioning
+
+
+def add_graphs(model: Any, *, required: bool) -> None:
+    """Let our denoising steps be recorded and replayed; :func:`swap_sampler` takes it back."""
+    model._step_graphs = StepGraphs(cuda_graphs(), required=required)

@@ -74,10 +74,18 @@ class Acceleration:
     """Attention layers, of encoder and decoder, that normalise and rotate queries and keys in one pass."""
     sampler: bool
     """Whether what follows the logits is ours."""
+    graphs: bool
+    """Whether the steps of a canvas are recorded once and replayed."""
 
 
 def accelerate(
-    model: Any, *, sampler: bool = True, attention: bool = True, norms: bool = True, backend: str | None = None
+    model: Any,
+    *,
+    sampler: bool = True,
+    attention: bool = True,
+    norms: bool = True,
+    graphs: bool | str = "auto",
+    backend: str | None = None,
 ) -> Acceleration:
     """Make a DiffusionGemma of transformers faster in place; its ``generate`` and everything else are called as before.
 
@@ -97,18 +105,27 @@ def accelerate(
             gives. Calls :func:`register`.
         norms: RMS norms run :func:`diffusion_runtime.ops.rms_norm`, and those of queries and keys, with the rotation
             behind them, :func:`diffusion_runtime.ops.qk_norm_rope`.
+        graphs: on a GPU, the third step of each canvas is recorded as a CUDA graph, which takes the rest: the host then
+            starts one graph a step and reads whether all rows have finished. Needs ``sampler``, and has no part in
+            steps that make logits. "auto": if the model is on a GPU now; a step that cannot be recorded is said in the
+            log, and all are taken without. True: either is an error. False: no graphs.
         backend: of the attention, as for :func:`register`.
 
     Raises:
         ImportError: as :func:`register`, or this transformers has no DiffusionGemma.
-        ValueError: a model that cannot be accelerated, with the reason; or one that is already.
+        ValueError: a model that cannot be accelerated, with the reason; or one that is already; graphs that cannot be.
     """
+    if graphs not in ("auto", True, False):
+        raise ValueError(f'graphs must be "auto", True or False, got {graphs!r}')
     internals = _internals()
     if isinstance(model, Module) and model in _BEFORE:
         raise ValueError("the model is accelerated already: restore it first")
     reason = internals.why_not(model)
     if reason is not None:
         raise ValueError(f"cannot accelerate: the model {reason}")
+    replayed = bool(graphs) and sampler and model.device.type == "cuda"
+    if graphs is True and not replayed:
+        raise ValueError(f"graphs need sampler=True and a model on a GPU, got sampler={sampler} on {model.device}")
     if attention:
         register(backend=backend)
     _BEFORE[model] = model.config._attn_implementation
@@ -116,11 +133,14 @@ def accelerate(
         model.set_attn_implementation(NAME)
     if sampler:
         internals.swap_sampler(model)
+    if replayed:
+        internals.add_graphs(model, required=graphs is True)
     return Acceleration(
         attention=internals.swap_cache(model) if attention else 0,
         norms=internals.swap_norms(model) if norms else 0,
         rotary=internals.swap_heads(model) if norms else 0,
         sampler=sampler,
+        graphs=replayed,
     )
 
 

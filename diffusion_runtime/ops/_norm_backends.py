@@ -17,12 +17,10 @@ if TYPE_CHECKING:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``[..., size]`` as ``[outer, middle, inner, size]`` with stride 1 along the last: a view wherever one exists."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    """``[..., size]`` with at most three leading dimensions and stride 1 along the last: itself wherever it is that."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    if x.ndim > 4:
-        return x.reshape(-1, *x.shape[-3:])
-    return x.view((1,) * (4 - x.ndim) + x.shape)
+    return x.reshape(-1, *x.shape[-3:]) if x.ndim > 4 else x
 
 
 def weight_of(weight: Tensor | None, beside: Tensor) -> Tensor | None:
@@ -41,8 +39,8 @@ def load_rms_norm_cpp() -> RunRmsNorm:
 def run_rms_norm_cpp(x: Tensor, weight: Tensor | None, norm: Norm, instruction_set: str) -> Tensor:
     from diffusion_runtime import _C
 
-    out = torch.empty(x.shape, dtype=x.dtype)
-    _C.rms_norm(rows_of(x), weight_of(weight, x), *norm, out.view(-1), instruction_set)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _C.rms_norm(rows_of(x), weight_of(weight, x), *norm, out, instruction_set)
     return out
 
 
@@ -50,7 +48,7 @@ def load_rms_norm_triton() -> RunRmsNorm:
     from diffusion_runtime.kernels.rms_norm import rms_norm
 
     def run(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         rms_norm(rows_of(x), weight_of(weight, x), *norm, out)
         return out
 
@@ -61,10 +59,10 @@ def load_rms_norm_cuda() -> RunRmsNorm:
     from diffusion_runtime import _C_cuda
 
     def run(x: Tensor, weight: Tensor | None, norm: Norm) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            _C_cuda.rms_norm(rows_of(x), weight_of(weight, x), *norm, out.view(-1), stream)
+            _C_cuda.rms_norm(rows_of(x), weight_of(weight, x), *norm, out, stream)
         return out
 
     return run

@@ -10,7 +10,8 @@ def torch_is_watching(*tensors: Tensor | None) -> bool:
     """Whether a graph is traced, a transform is active, or gradients are wanted: other eager calls need no operator."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
-    return wants_gradients(*tensors) or any(x is not None and type(x) not in _PLAIN for x in tensors)
+    recording = torch.is_grad_enabled()
+    return any(x is not None and (type(x) not in _PLAIN or (recording and x.requires_grad)) for x in tensors)
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

@@ -160,3 +160,26 @@ def test_transformers():
     assert changed.config._attn_implementation == "diffusion_runtime"
     torch.testing.assert_close(changed(tiny.tokens()).logits, expected, rtol=1e-4, atol=1e-4)
     unregister()
+
+
+def numbers_of(page: str, heading: str) -> list[list[float]]:
+    """The rows of the first table below a heading."""
+    below = (DOCS / page).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| *([\d,]+.*)\|$", below, re.MULTILINE)
+    return [[float(cell.replace(",", "")) for cell in row.split("|")] for row in rows]
+
+
+def test_tables_of_diffusion_gemma():
+    page = functions("diffusion_gemma.md")
+    memory = numbers_of("diffusion_gemma.md", "Memory")
+    for context, *cells in memory:
+        expected = [page.memory_gb(context, batch, ours) for batch in (1, 8, 32) for ours in (True, False)]
+        assert cells == [round(x, 1) for x in expected]
+    speed = numbers_of("diffusion_gemma.md", "Tokens a second, by steps")
+    for steps, *cells in speed:
+        assert cells == [round(page.most_tokens_per_second(steps, ms)) for ms in (13.3, 15.0)]
+    assert len(memory) == 4
+    assert len(speed) == 5
+    # what the text below the first table says
+    fits = [max(b for b in range(1, 99) if page.memory_gb(8192, b, ours) <= 80) for ours in (True, False)]
+    assert fits == [65, 12]

@@ -16,6 +16,7 @@ from bench.comparison import Comparison
 from bench.peers import READS
 from bench.runners import default_backends
 from diffusion_runtime import ops
+from diffusion_runtime.ops._sample_with_soft_embedding import one_after_the_other
 
 DTYPES = (torch.float32, torch.bfloat16)
 RESTRICTED = (64, 131_072)  # rows, vocab
@@ -89,6 +90,41 @@ def soft(device: torch.device) -> Iterator[Comparison]:
             )
 
 
+def both(device: torch.device) -> Iterator[Comparison]:
+    """``sample_with_soft_embedding`` beside its two ops, and beside the logits and what is made of them."""
+    rows, dim, vocab = SOFT
+    for dtype in DTYPES:
+        hidden = _noise(rows, dim, device, dtype, scale=2.5 * dim**-0.5)
+        weight = _noise(vocab, dim, device, dtype)
+        settings: dict[str, Any] = {"temperature": 0.7, "seed": SEED}
+        sample = partial(ops.sample_with_soft_embedding, hidden, weight, **settings)
+        names = _backends("sample_with_soft_embedding", device, dtype)
+        calls = {name: partial(sample, backend=name) for name in names}
+        first = {name: lambda call=call: call()[0] for name, call in calls.items()}
+        yield Comparison(
+            f"sampled and embedded, [{rows}, {dim}] x [{vocab}, {dim}] {_name(dtype)}",
+            "tied",
+            calls,
+            {
+                "the two ops": partial(
+                    one_after_the_other,
+                    hidden,
+                    weight,
+                    weight,
+                    bias=None,
+                    backend=None,
+                    statistics_temperature=0.7,
+                    softcap=None,
+                    masked=None,
+                    **settings,
+                ),
+                "eager torch": partial(_eager_both, hidden, weight),
+            },
+            partial(_check_head, first, hidden, weight, settings | {"statistics_temperature": 0.7}),
+            {"the two products": lambda h=hidden, w=weight: (h @ w.T) @ w},  # type: ignore[misc]
+        )
+
+
 def commit(device: torch.device) -> Iterator[Comparison]:
     """``commit_step`` by each rule, beside the sort and the sums that it replaces."""
     for batch, length in CANVASES:
@@ -112,6 +148,7 @@ SUITES: dict[str, Suite] = {
     "restricted": restricted,
     "head": head,
     "soft": soft,
+    "both": both,
     "commit": commit,
     "square": attention_suites.square,
     "canvas": attention_suites.canvas,
@@ -171,6 +208,14 @@ def _eager_commit(tokens: Tensor, candidates: Tensor, score: Tensor, masked: Ten
             kept = ordered.cumsum(1) - ordered <= bound
         chosen = torch.zeros_like(masked).scatter(1, places, kept)
     return torch.where(chosen & masked, candidates, tokens)
+
+
+def _eager_both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    logits = (hidden @ weight.T).float() / 0.7
+    probabilities = logits.softmax(-1)
+    entropy = torch.special.entr(probabilities).sum(-1)
+    token, argmax = probabilities.multinomial(1)[:, 0], probabilities.argmax(-1)
+    return token, argmax, entropy, probabilities.to(weight.dtype) @ weight
 
 
 def _eager_soft(logits: Tensor, embedding: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def instruction_set(wanted: str) -> Iterator[None]:
     with ExitStack() as patches:
         runs = [(module, "run_cpp") for module in (_attention_cpp, _head_cpp, _sample_tokens)]
         norms = [(_norm_backends, name) for name in ("run_rms_norm_cpp", "run_qk_norm_rope_cpp")]
-        for module, name in (*runs, *norms, (_head_cpp, "weigh_cpp")):
+        for module, name in (*runs, *norms, (_head_cpp, "weigh_cpp"), (_head_cpp, "run_with_embedding_cpp")):
             run = getattr(module, name)
             patches.enter_context(
                 patch.object(module, name, lambda *rest, run=run: run(*rest[:-1], wanted or rest[-1]))

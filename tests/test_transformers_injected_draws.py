@@ -94,14 +94,14 @@ def test_same_tokens(monkeypatch, seed):
     model, given, cache = case(seed)
     expected, drawn, noise, steps = recorded(monkeypatch, model, given)
     bridge.accelerate(model)
-    sample, commit = ops.sample_from_hidden, ops.commit_step
+    sample, commit = ops.sample_with_soft_embedding, ops.commit_step
     step, taken = model._denoising_step, []
     drawn, noise, seen = iter(drawn), iter(noise), []
 
     def with_their_draw(hidden, *arguments, **settings):
-        samples = sample(hidden, *arguments, **settings)
+        samples, signal = sample(hidden, *arguments, **settings)
         seen.append(samples.entropy)
-        return samples._replace(token=next(drawn).view(samples.token.shape))
+        return samples._replace(token=next(drawn).view(samples.token.shape)), signal
 
     def with_their_noise(tokens, candidates, score, masked, **settings):
         after, commit_mask = commit(tokens, candidates, score, masked, **settings)
@@ -114,7 +114,7 @@ def test_same_tokens(monkeypatch, seed):
         return result
 
     monkeypatch.setattr(stock.EntropyBoundSampler, "initialize_canvas", lambda self, *_, **__: next(noise))
-    monkeypatch.setattr(ops, "sample_from_hidden", with_their_draw)
+    monkeypatch.setattr(ops, "sample_with_soft_embedding", with_their_draw)
     monkeypatch.setattr(ops, "commit_step", with_their_noise)
     monkeypatch.setattr(model, "_denoising_step", watched)
     got = model.generate(cache_implementation=cache, **given)

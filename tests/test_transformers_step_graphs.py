@@ -32,16 +32,17 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _references_only(monkeypatch):
-    for name in ("rms_norm", "qk_norm_rope", "soft_embedding_from_hidden", "commit_step"):
+    for name in ("rms_norm", "qk_norm_rope", "commit_step"):
         monkeypatch.setattr(ops, name, functools.partial(getattr(ops, name), backend="reference"))
-    sample = ops.sample_from_hidden
+    sample = ops.sample_with_soft_embedding
 
-    def of_all_rows(hidden, weight, *, masked, **settings):
+    def of_all_rows(*tensors, masked, **settings):
         """On a GPU the kernel counts rows on the device; on a CPU the op gathers them, which a graph cannot."""
-        samples = sample(hidden, weight, backend="reference", **settings)
-        return ops.TokenSamples(*(torch.where(masked, x, 0 if x.is_floating_point() else -1) for x in samples))
+        samples, signal = sample(*tensors, backend="reference", **settings)
+        kept = (torch.where(masked, x, 0 if x.is_floating_point() else -1) for x in samples)
+        return ops.TokenSamples(*kept), torch.where(masked[..., None], signal, 0)
 
-    monkeypatch.setattr(ops, "sample_from_hidden", of_all_rows)
+    monkeypatch.setattr(ops, "sample_with_soft_embedding", of_all_rows)
     yield
     bridge.unregister()
 
@@ -65,7 +66,7 @@ def generate(model, *, batch: int = 3, length: int = 11, **settings):
         canvas, argmax, carried, finished = step(**arguments)
         left = [canvas, argmax, finished, arguments["sampler"].accepted_token_mask & live[:, None]]
         if not isinstance(carried, torch.Tensor):
-            left += [carried.hidden, carried.logsumexp, carried.temperature]
+            left += [carried.signal, carried.hidden, carried.temperature]
         history = arguments["diffusion_stopping_criteria"].argmax_canvas_history
         taken.append([x.clone() for x in (*left, *([] if history is None else [history]))])
         return canvas, argmax, carried, finished

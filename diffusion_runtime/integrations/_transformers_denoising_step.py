@@ -37,40 +37,26 @@ class SelfConditioning(modeling.DiffusionGemmaSelfConditioning):  # type: ignore
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """What a step hands to the next in place of its logits: what they would be made of."""
+    """What a step hands to the next in place of its logits: the embedding they expect, and what they are made of."""
 
+    signal: Tensor  # [batch, canvas, hidden]; 0 in rows that had finished before
     hidden: Tensor  # [batch, canvas, hidden]
-    logsumexp: Tensor  # [batch, canvas]
     temperature: Tensor  # [batch, 1]
     weight: Tensor  # of the head
-    embedding: Tensor  # of the tokens
     softcap: float
 
-    def soft_embedding(self, live: Tensor) -> Tensor:
-        """``[batch, canvas, hidden]``, the embedding expected of each distribution; 0 where a row is not live."""
-        return ops.soft_embedding_from_hidden(
-            self.hidden,
-            self.weight,
-            self.embedding,
-            temperature=self.temperature,
-            softcap=self.softcap,
-            masked=live,
-            logsumexp=self.logsumexp,
-        )
-
     def where(self, live: Tensor, before: Carried) -> Carried:
-        """This where a row is ``live``, and elsewhere what it had when it finished."""
+        """This where a row is ``live``, and elsewhere the logits that it had when it finished."""
         return replace(
             self,
             hidden=torch.where(live[..., None], self.hidden, before.hidden),
-            logsumexp=torch.where(live, self.logsumexp, before.logsumexp),
             temperature=torch.where(live[:, :1], self.temperature, before.temperature),
         )
 
     def cpu(self) -> Tensor:
         """The logits themselves, for a streamer that takes them."""
         logits = self.softcap * torch.tanh((self.hidden @ self.weight.mT).float() / self.softcap)
-        return (logits / self.temperature[..., None]).to(self.embedding.dtype).cpu()
+        return (logits / self.temperature[..., None]).to(self.signal.dtype).cpu()
 
 
 class State(NamedTuple):
@@ -94,8 +80,8 @@ class State(NamedTuple):
             (self.canvas, memory.canvas),
             (self.argmax, memory.argmax),
             (self.finished, memory.finished),
+            (self.carried.signal, memory.carried.signal),
             (self.carried.hidden, memory.carried.hidden),
-            (self.carried.logsumexp, memory.carried.logsumexp),
             (self.carried.temperature, memory.carried.temperature),
         ):
             if new is not old:
@@ -170,20 +156,19 @@ def _from_hidden(
 ) -> State:
     """A step without logits. A temperature that is a tensor is read when the step runs, not when it is called."""
     live, before = state.live, state.carried
-    hidden = _hidden(model, before, live, {"decoder_input_ids": state.canvas, **inputs})
+    hidden = _hidden(model, before, {"decoder_input_ids": state.canvas, **inputs})
     weight, softcap = model.lm_head.weight, model.final_logit_softcapping
-    samples = ops.sample_from_hidden(
+    samples, signal = ops.sample_with_soft_embedding(
         hidden,
         weight,
+        model.model.decoder.embed_tokens.weight,
         softcap=softcap,
         temperature=temperature,
-        statistics_temperature=temperature,
         seed=seed,
         masked=live,
     )
-    embedding = model.model.decoder.embed_tokens.weight
     at = torch.ones_like(samples.logsumexp[:, :1]) * temperature
-    carried = Carried(hidden, samples.logsumexp, at, weight, embedding, softcap)
+    carried = Carried(signal, hidden, at, weight, softcap)
     if isinstance(before, Carried) and len(live) > 1:  # of a single row the loop ends where it finishes
         carried = carried.where(live, before)
     return _decide(samples, carried, sampler, stop, state, seed)
@@ -224,13 +209,12 @@ def _decide(
     return State(canvas, argmax, carried, finished)
 
 
-def _hidden(model: Any, before: Tensor | Carried | None, live: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _hidden(model: Any, before: Tensor | Carried | None, inputs: dict[str, Any]) -> Tensor:
     """The decoder's last hidden states, conditioned on what the step before left."""
     module = model.model.decoder.self_conditioning
     logits = before if isinstance(before, Tensor) else None
     if isinstance(before, Carried):
-        soft = before.soft_embedding(live)
-        module.signal = soft * model.model.decoder.embed_tokens.embed_scale.to(soft.dtype)
+        module.signal = before.signal * model.model.decoder.embed_tokens.embed_scale.to(before.signal.dtype)
     try:
         hidden: Tensor = model.model(self_conditioning_logits=logits, **inputs).last_hidden_state
     finally:

@@ -20,6 +20,7 @@ from diffusion_runtime.ops._restriction import pack_allowed, unpack_allowed
 from diffusion_runtime.ops._rms_norm import rms_norm
 from diffusion_runtime.ops._sample_from_hidden import sample_from_hidden
 from diffusion_runtime.ops._sample_tokens import TokenSamples, sample_tokens
+from diffusion_runtime.ops._sample_with_soft_embedding import sample_with_soft_embedding
 from diffusion_runtime.ops._scaled_dot_product_attention import scaled_dot_product_attention
 from diffusion_runtime.ops._soft_embedding import soft_embedding, soft_embedding_from_hidden
 
@@ -53,6 +54,7 @@ __all__ = [
     "rms_norm",
     "sample_from_hidden",
     "sample_tokens",
+    "sample_with_soft_embedding",
     "scaled_dot_product_attention",
     "select_commits",
     "soft_embedding",

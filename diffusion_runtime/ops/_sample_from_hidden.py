@@ -64,12 +64,9 @@ def sample_from_hidden(
     """
     validate_head(hidden, weight, bias)
     leading = hidden.shape[:-1]
-    if position is None:  # rows are flattened below: their place has to be said
-        position = torch.arange(leading[-1] if leading else 1, device=hidden.device)
-        position = position if leading else position[0]
     settings = read_settings(
         leading, weight.shape[0], hidden.device,
-        temperature=temperature, seed=seed, position=position, step=step, masked=masked,
+        temperature=temperature, seed=seed, position=places_of(hidden, position), step=step, masked=masked,
         statistics_temperature=statistics_temperature, softcap=softcap, allowed=allowed, suppress=suppress,
         top_k=top_k, top_p=top_p, min_p=min_p, statistics=statistics,
     )  # fmt: skip
@@ -83,6 +80,14 @@ def sample_from_hidden(
         if hidden.device.type == "cpu" or CHECKED:
             check_distributions(ids, settings, leading, lambda r: head(rows[r : r + 1], weight, bias)[0])
     return as_samples(ids, values, leading)
+
+
+def places_of(hidden: Tensor, position: Tensor | None) -> Tensor:
+    """Said even where it is the default: rows are flattened, and their index along the length is lost."""
+    if position is not None:
+        return position
+    length = torch.arange(hidden.shape[-2] if hidden.ndim > 1 else 1, device=hidden.device)
+    return length if hidden.ndim > 1 else length[0]
 
 
 def validate_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -128,8 +133,12 @@ def _of_masked_rows(
     assert settings.masked is not None
     chosen = settings.masked.nonzero()[:, 0]
     found = run(hidden[chosen], weight, bias, settings._replace(masked=None).of_rows(chosen), backend)
-    ids = torch.full((2, len(hidden)), -1, dtype=torch.int64, device=hidden.device)
-    statistics = torch.zeros(5, len(hidden), dtype=found[1].dtype, device=hidden.device)
+    return spread(found, chosen, len(hidden))
+
+
+def spread(found: tuple[Tensor, Tensor], chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and statistics of some rows among all of them."""
+    ids, statistics = (x.new_full((len(x), count), fill) for x, fill in zip(found, (-1, 0), strict=True))
     ids[:, chosen], statistics[:, chosen] = found
     return ids, statistics
 

@@ -102,11 +102,7 @@ def soft_embedding_from_hidden(
     validate_head(hidden, weight, bias)
     embedding = weight if embedding is None else embedding
     leading = hidden.shape[:-1]
-    if embedding.ndim != 2 or embedding.shape[0] != weight.shape[0] or embedding.device != hidden.device:
-        raise ValueError(
-            f"embedding must be [{weight.shape[0]}, dim] on {hidden.device}, "
-            f"got {tuple(embedding.shape)} on {embedding.device}"
-        )
+    check_embedding(embedding, weight, hidden)
     softmax = _read_softmax(leading, hidden.device, temperature, softcap, masked, logsumexp)
     rows = hidden.detach().reshape(leading.numel(), hidden.shape[-1])
     weight, embedding = weight.detach(), embedding.detach()
@@ -118,6 +114,14 @@ def soft_embedding_from_hidden(
         run: RunFromHidden = SPEC_FROM_HIDDEN.resolve(hidden.device.type, hidden.dtype, backend)
         result = run(rows, weight, bias, embedding, softmax)
     return result.view(*leading, embedding.shape[1])
+
+
+def check_embedding(embedding: Tensor, weight: Tensor, hidden: Tensor) -> None:
+    if embedding.ndim != 2 or embedding.shape[0] != weight.shape[0] or embedding.device != hidden.device:
+        raise ValueError(
+            f"embedding must be [{weight.shape[0]}, dim] on {hidden.device}, "
+            f"got {tuple(embedding.shape)} on {embedding.device}"
+        )
 
 
 MIN_TILE = 1024  # tokens

@@ -29,8 +29,7 @@ def forward(
     query, key = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj))
     value = key if self.v_proj is None else self.v_proj(hidden_states).view(shape).transpose(1, 2)
     value = self.v_norm(value)
-    # of [batch or 1, length, head_dim], whose second half repeats the first
-    cos, sin = (x[0] if len(x) == 1 else x for x in position_embeddings)
+    cos, sin = position_embeddings  # [batch or 1, length, head_dim], whose second half repeats the first
     half = self.head_dim // 2
     query, key = ops.qk_norm_rope(
         query,

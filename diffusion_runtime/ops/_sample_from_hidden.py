@@ -131,6 +131,8 @@ def _of_masked_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     assert settings.masked is not None
+    if settings.masked.all():  # as good as not said, and a dozen small operations fewer
+        return run(hidden, weight, bias, settings._replace(masked=None), backend)
     chosen = settings.masked.nonzero()[:, 0]
     found = run(hidden[chosen], weight, bias, settings._replace(masked=None).of_rows(chosen), backend)
     return spread(found, chosen, len(hidden))

@@ -70,8 +70,8 @@ def sample_with_soft_embedding(
     read = read_settings(leading, len(weight), hidden.device, **settings, statistics="unrestricted")
     rows, weight = hidden.detach().reshape(leading.numel(), hidden.shape[-1]), weight.detach()
     bias, embedding = None if bias is None else bias.detach().contiguous(), embedding.detach()
-    if read.masked is None:
-        ids, statistics, expected = run(rows, weight, bias, embedding, read)
+    if read.masked is None or read.masked.all():
+        ids, statistics, expected = run(rows, weight, bias, embedding, read._replace(masked=None))
     else:
         chosen = read.masked.nonzero()[:, 0]
         *found, some = run(rows[chosen], weight, bias, embedding, read._replace(masked=None).of_rows(chosen))

@@ -88,7 +88,7 @@ class State(NamedTuple):
                 old.copy_(new)
 
 
-Step = Callable[[State, Any, Tensor], State]  # state, temperature (a float or a tensor), seed
+Step = Callable[[State, Tensor, Tensor], State]  # state, temperature [], seed [batch, 1]
 
 
 def denoising_step(

@@ -16,8 +16,9 @@ Replay = Callable[[], object]
 Record = Callable[[Callable[[], None]], Replay]
 
 logger = logging.getLogger(__name__)
-# kernels are compiled and loaded when they run for the first time, which must not happen while a graph is recorded; the
-# first step of a canvas has nothing to condition itself on, so that only the second runs them all
+# Kernels are compiled and loaded when they run for the first time, which must not happen while a graph is recorded. The
+# first step of a canvas has nothing to condition itself on, so that only the second runs them all. The temperature is a
+# tensor in every step, since a number could mean another kernel.
 NUM_EAGER = 2
 
 
@@ -40,12 +41,11 @@ class StepGraphs:
         self.canvases: WeakKeyDictionary[Any, _Canvas] = WeakKeyDictionary()
 
     def take(self, step: Step, state: State, temperature: float, seed: Tensor, *, generation: object) -> State:
-        """``step(state, temperature, seed)``; what is returned is overwritten by the next step of the canvas.
+        """``step(state, temperature, seed)``, the temperature as a tensor. The next step overwrites the result.
 
         Args:
             step: the same function throughout a canvas.
             state: what this returned before, or a first one: without anything carried.
-            temperature: as the step takes it.
             seed: ``[batch, 1]`` int64.
             generation: any object that lives as long as the generation does.
         """
@@ -53,16 +53,17 @@ class StepGraphs:
             self.canvases[generation] = _Canvas()
         canvas = self.canvases[generation]
         canvas.num_steps += 1
+        at = torch.full((), temperature, device=seed.device)
         if self.record is None or canvas.num_steps <= NUM_EAGER:
-            return step(state, temperature, seed)
+            return step(state, at, seed)
         try:
-            return canvas.take(self.record, step, state, temperature, seed)
+            return canvas.take(self.record, step, state, at, seed)
         except RuntimeError as error:
             if self.required or canvas.replay is not None:
                 raise
             logger.warning("the denoising step cannot be recorded, and is not replayed from now on: %s", error)
             self.record = None
-            return step(state, temperature, seed)
+            return step(state, at, seed)
 
 
 class _Canvas:
@@ -72,14 +73,14 @@ class _Canvas:
     temperature: Tensor
     seed: Tensor
 
-    def take(self, record: Record, step: Step, state: State, temperature: float, seed: Tensor) -> State:
+    def take(self, record: Record, step: Step, state: State, temperature: Tensor, seed: Tensor) -> State:
         if self.replay is None:
-            memory, own_temperature, own_seed = state, torch.full((), temperature, device=seed.device), seed.clone()
+            memory, own_temperature, own_seed = state, temperature.clone(), seed.clone()
             self.replay = record(lambda: step(memory, own_temperature, own_seed).write_to(memory))
             self.memory, self.temperature, self.seed = memory, own_temperature, own_seed
         else:
             state.write_to(self.memory)  # itself, unless a caller changed it
-            self.temperature.fill_(temperature)
+            self.temperature.copy_(temperature)
             self.seed.copy_(seed)
         self.replay()
         return self.memory

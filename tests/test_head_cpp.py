@@ -94,11 +94,12 @@ def test_the_logits_never_exist(dtype, temperature):
 
     if reason := unmeasurable(torch.device("cpu")):
         pytest.skip(reason)
-    hidden, weight, _ = head(256, 60_000, 16, dtype)
+    vocab = 120_000  # of whose logits a tile, and what a product without AVX-512 keeps beside it, is a small part
+    hidden, weight, _ = head(256, vocab, 16, dtype)
 
     def call():
         return ops.sample_from_hidden(hidden, weight, temperature=temperature, seed=1, backend="cpp")
 
     call()  # what torch and oneDNN keep for themselves
     _, mb = peak_extra_mb(call, torch.device("cpu"))
-    assert mb < 256 * 60_000 * dtype.itemsize / 1e6 / 2
+    assert mb < 256 * vocab * dtype.itemsize / 1e6 / 2

@@ -116,7 +116,7 @@ class Recorder:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("stability", [0, 1, 2])
+@pytest.mark.parametrize("stability", [0, 2])
 def test_replayed_steps_are_the_same(cache, batch, stability):
     model, record = accelerated(), Recorder()
     settings = {"batch": batch, "cache_implementation": cache, "stability_threshold": stability}

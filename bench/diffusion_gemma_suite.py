@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,6 @@ class Size:
     dtype: torch.dtype = torch.float32
     canvas: int = 256
     static_up_to: int = 0  # the longest prompt with which transformers' compiled path is timed as well
-    special: int = field(default=3, repr=False)  # tokens at the end of the vocabulary that stand for images
 
 
 _SMALL = {
@@ -96,7 +95,7 @@ def diffusion_gemma(device: torch.device) -> Iterator[Comparison]:
         accelerate(ours)
         for batch, length in size.prompts:
             generator = torch.Generator(device).manual_seed(length)
-            vocab = size.text["vocab_size"] - size.special
+            vocab = size.text["vocab_size"] - 3  # the last stand for images
             prompt = torch.randint(4, vocab, (batch, length), generator=generator, device=device)
             peers = {"transformers": _step(stock, prompt, size)}
             if length <= size.static_up_to and batch == 1:

@@ -49,7 +49,7 @@ class Denoiser:
             Uniform diffusion has its own.
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
             Uniform diffusion has none.
-        backend: of :func:`diffusion_runtime.ops.sample_tokens`.
+        backend: of :func:`diffusion_runtime.ops.sample_tokens`, and of ``soft_embedding`` for self-conditioning.
 
     A row depends on its own tokens and seed alone, never on its neighbours in the batch, as far as the model's own
     arithmetic does not depend on the shape of its batch.

@@ -50,7 +50,14 @@ def run_op(op: str, *tensors: Any, backend: str, **settings: Any) -> Any:
     settings = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
     with instruction_set(wanted) if name == "cpp" else nullcontext():
         result = getattr(ops, op)(*moved, backend=name, **settings)
-    return result.cpu() if isinstance(result, torch.Tensor) else ops.TokenSamples(*(x.cpu() for x in result))
+    return _on_cpu(result)
+
+
+def _on_cpu(result: Any) -> Any:
+    if isinstance(result, torch.Tensor):
+        return result.cpu()
+    found = [_on_cpu(x) for x in result]
+    return ops.TokenSamples(*found) if isinstance(result, ops.TokenSamples) else tuple(found)
 
 
 def sample_tokens(logits: torch.Tensor, *, backend: str, **settings: Any) -> ops.TokenSamples:

@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from contextlib import nullcontext
 from unittest.mock import patch
 
 import pytest
 import torch
-from backends import ALL, device_of, instruction_set
+from backends import ALL, run_op
 from test_sample_from_hidden import DTYPES, head
+from test_soft_embedding import _small_tiles, wide  # noqa: F401  the fixture counts for this file too
 
 from diffusion_runtime import ops
-from diffusion_runtime.ops import _head_cpp, _soft_embedding
+from diffusion_runtime.ops import _head_cpp
 from diffusion_runtime.testing import assert_as_accurate
 
 MOST = [name for name in ALL if name != "triton"]  # which runs two ops that are tested for themselves, and slowly here
 
 
-@pytest.fixture(autouse=True)
-def _small_tiles():
-    with (
-        patch.object(_head_cpp, "TILE_BYTES", {2: 1, 4: 1}),
-        patch.object(_soft_embedding, "MOST_PROBABILITIES", {"cpu": 1, "cuda": 1}),
-        patch.object(_soft_embedding, "MIN_TILE", 256),
-    ):
-        yield
-
-
-def run(*tensors, backend, **settings):
-    name, _, wanted = backend.partition("-")
-    device = device_of(backend)
-    if name not in ops.available_backends("sample_with_soft_embedding", device.type, tensors[0].dtype):
-        pytest.skip(ops.explain("sample_with_soft_embedding", device.type, tensors[0].dtype).replace("\n", "; "))
-    tensors = [x if x is None else x.to(device) for x in tensors]
-    settings = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
-    with instruction_set(wanted) if name == "cpp" else nullcontext():
-        samples, expected = ops.sample_with_soft_embedding(*tensors, backend=name, **settings)
-    return ops.TokenSamples(*(x.cpu() for x in samples)), expected.cpu()
-
-
-def wide(value):
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+run = functools.partial(run_op, "sample_with_soft_embedding")
 
 
 def assert_agrees(*tensors, backend, **settings):
     """Samples as the sampler alone has them, to the bit; the embedding as close to float64 as the reference."""
     samples, expected = run(*tensors, backend=backend, **settings)
     hidden, weight, embedding = (*tensors, tensors[1])[:3]
-    alone = run_alone(hidden, weight, backend=backend, **settings)
+    of_the_same = {"statistics_temperature": settings["temperature"], **settings}
+    alone = run_op("sample_from_hidden", hidden, weight, backend=backend, **of_the_same)
     for name, got, want in zip(ops.TokenSamples._fields, samples, alone, strict=True):
         assert torch.equal(got, want), name
     _, same = ops.sample_with_soft_embedding(*tensors, backend="reference", **settings)
@@ -59,23 +38,6 @@ def assert_agrees(*tensors, backend, **settings):
     floor = 2 * torch.finfo(embedding.dtype).eps if embedding.dtype.itemsize == 2 else 2e-6
     assert_as_accurate(expected, same, truth, floor=floor)
     return samples, expected
-
-
-def run_alone(hidden, weight, *, backend, temperature, **settings):
-    name, _, wanted = backend.partition("-")
-    device = device_of(backend)
-    settings = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
-    temperature = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
-    with instruction_set(wanted) if name == "cpp" else nullcontext():
-        samples = ops.sample_from_hidden(
-            hidden.to(device),
-            weight.to(device),
-            temperature=temperature,
-            statistics_temperature=temperature,
-            backend=name,
-            **settings,
-        )
-    return ops.TokenSamples(*(x.cpu() for x in samples))
 
 
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.6, 5.0), (1.7, 30.0)])

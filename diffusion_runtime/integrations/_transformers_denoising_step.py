@@ -191,18 +191,19 @@ def _decide(
     samples: ops.TokenSamples, carried: Tensor | Carried, sampler: Any, stop: Any, state: State, seed: Tensor
 ) -> State:
     """What is accepted, noise for the rest, and who has finished."""
+    live = state.live
     canvas, sampler.accepted_token_mask = ops.commit_step(
         state.canvas,
         samples.token,
         samples.entropy,
-        state.live,
+        live,
         rule="entropy_bound",
         bound=sampler.entropy_bound,
         renoise_vocab=sampler.vocab_size,
         seed=seed,
         step=1,  # another number of the same key than the draw's
     )
-    argmax = torch.where(state.live, samples.argmax, state.argmax)
+    argmax = torch.where(live, samples.argmax, state.argmax)
     finished = state.finished
     if stop is not None:
         finished |= _stable(stop, argmax) & (samples.entropy.mean(-1) < stop.confidence_threshold)

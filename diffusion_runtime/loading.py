@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion_runtime.models import MODELS
+from diffusion_runtime.models import family_of
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -40,18 +40,22 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
     """
     folder = _folder(path)
     config = _read_json(folder / _CONFIG)
-    model_type = config.get("model_type")
-    if model_type not in MODELS:
-        raise ValueError(f"{folder / _CONFIG}: unknown model_type {model_type!r}; known are {', '.join(MODELS)}")
-    model_class, config_class = MODELS[model_type]
+    files = _open_shards(folder, torch.device(device))
+    found = {name: file for file, opened in files.items() for name in opened.keys()}  # noqa: SIM118
     try:
-        parsed = config_class.from_dict(config)
+        model_class, config_class = family_of(config)
+        parsed = config_class.from_dict(config).for_tensors(found.keys())
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / _CONFIG}: {error}") from error
     with torch.device("meta"), _SkipInitialisation():
         model = model_class(parsed)
-    weights = _read_weights(folder, model.state_dict(), dtype, torch.device(device))
-    model.load_state_dict(weights, assign=True)
+    parts = _parts(model)
+    _check_tensors(folder, files, found, parts, getattr(model, "unused_tensors", frozenset()))
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, pieces in parts.items():
+        # constants that are not weights stay as precise as they are
+        kind = dtype if name in parameters else None
+        _assign(model, name, _read(pieces, files, found, kind, torch.device(device)))
     return model.requires_grad_(False).eval()
 
 
@@ -108,35 +112,81 @@ def _shards(folder: Path) -> dict[str, set[str]]:
     return shards
 
 
-def _read_weights(
-    folder: Path, expected: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
-) -> dict[str, Tensor]:
+def _open_shards(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Each file, opened but not read, by its name."""
     from safetensors import SafetensorError, safe_open
 
-    shards = _shards(folder)
-    opened = {}
-    for file in shards:
+    opened: dict[str, Any] = {}
+    for file, names in _shards(folder).items():
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} has no {file}")
         try:
             opened[file] = safe_open(folder / file, framework="pt", device=str(device))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / file} is not a safetensors file: {error}") from error
-    found = {name: file for file, shard in opened.items() for name in shard.keys()}  # noqa: SIM118
-    for file, names in shards.items():
         if absent := names - set(opened[file].keys()):
             raise ValueError(f"{folder / file} lacks {min(absent)}, which {_INDEX} says it holds")
-    if missing := expected.keys() - found.keys():
+    return opened
+
+
+class _Piece(NamedTuple):
+    """A tensor of a checkpoint, and where in a tensor of the model it belongs."""
+
+    name: str
+    whole: Tensor  # the model's, on the meta device
+    place: tuple[int | slice, ...]  # () for all of it
+
+
+def _parts(model: nn.Module) -> dict[str, list[_Piece]]:
+    """What each tensor of the model is made of."""
+    parts = {name: [_Piece(name, tensor, ())] for name, tensor in model.state_dict().items()}
+    for prefix, module in model.named_modules():
+        released: dict[str, dict[str, Any]] = getattr(module, "released_parts", dict)()
+        for parameter, pieces in released.items():
+            whole = module.get_parameter(parameter)
+            parts[f"{prefix}.{parameter}"] = [_Piece(f"{prefix}.{n}", whole, place) for n, place in pieces.items()]
+    return parts
+
+
+def _check_tensors(
+    folder: Path, files: dict[str, Any], found: dict[str, str], parts: dict[str, list[_Piece]], unused: frozenset[str]
+) -> None:
+    pieces = {piece.name: piece for several in parts.values() for piece in several}
+    if missing := pieces.keys() - found.keys():
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first {min(missing)}")
-    if unexpected := found.keys() - expected.keys():
+    if unexpected := found.keys() - pieces.keys() - unused:
         raise ValueError(f"{folder}: {len(unexpected)} tensors are not of this model, the first {min(unexpected)}")
-    for name, tensor in expected.items():
-        _check_header(folder / found[name], name, opened[found[name]].get_slice(name), tensor)
-    return {name: opened[found[name]].get_tensor(name).to(dtype) for name in expected}
+    for name, piece in pieces.items():
+        file, stored = folder / found[name], files[found[name]].get_slice(name)
+        expected = tuple(piece.whole[piece.place].shape)
+        if tuple(stored.get_shape()) != expected:
+            raise ValueError(f"{file}: {name} must be {expected}, got {tuple(stored.get_shape())}")
+        if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{file}: {name} must be floating point, got {stored.get_dtype()}")
 
 
-def _check_header(file: Path, name: str, stored: Any, expected: Tensor) -> None:
-    if tuple(stored.get_shape()) != tuple(expected.shape):
-        raise ValueError(f"{file}: {name} must be {tuple(expected.shape)}, got {tuple(stored.get_shape())}")
-    if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-        raise ValueError(f"{file}: {name} must be floating point, got {stored.get_dtype()}")
+def _read(
+    pieces: list[_Piece],
+    files: dict[str, Any],
+    found: dict[str, str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Tensor:
+    """One tensor of the model; of a file that is as it should be nothing is copied, and else one piece at a time."""
+    first = files[found[pieces[0].name]].get_tensor(pieces[0].name)
+    if not pieces[0].place:
+        whole: Tensor = first.to(dtype)
+        return whole
+    whole = torch.empty(pieces[0].whole.shape, dtype=dtype or first.dtype, device=device)
+    for piece in pieces:
+        whole[piece.place].copy_(files[found[piece.name]].get_tensor(piece.name))
+    return whole
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    prefix, _, own = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    if own in dict(module.named_buffers(recurse=False)):
+        setattr(module, own, value)
+    else:
+        setattr(module, own, nn.Parameter(value, requires_grad=False))

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from diffusion_runtime import ops, sudoku
 from diffusion_runtime.models import LLaDA, LLaDAConfig
-from diffusion_runtime.nn import rotary_table
+from diffusion_runtime.nn import rotary_angles
 
 POSITION_LAYER = 1
 CANDIDATE_LAYER = 2
@@ -59,11 +59,12 @@ class Objective(nn.Module):
         masked = (visible == 0).float()
         weight = masked / masked.sum()
         x = transformer["wte"](tokens)
-        rotary = rotary_table(tokens.shape[1], config.d_model // config.n_heads, config.rope_theta, tokens.device)
+        context = self.model.whole_sequences()
+        rotary = rotary_angles(context.positions(tokens), config.head_size, config.rope_theta)
         loss = x.new_zeros(())
         final = loss
         for layer, block in enumerate(transformer["blocks"]):
-            x = block(x, rotary)
+            x = block(x, rotary, context, layer)
             if layer < POSITION_LAYER:
                 continue
             # the cells are what is left without the beginning and the landmark of each row
@@ -91,7 +92,7 @@ class Objective(nn.Module):
         return (loss * weight).sum()
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, **nothing_else: None) -> Tensor:
     # what ops.attention computes, with its products in bfloat16: torch's fused attention is slow backwards on a CPU
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     return scores.float().softmax(-1).to(value.dtype) @ value

@@ -110,7 +110,7 @@ def test_missing_files(tmp_path):
 
 def test_configs(tmp_path):
     save(tmp_path, model_type="gpt2")
-    with pytest.raises(ValueError, match="unknown model_type 'gpt2'; known are llada"):
+    with pytest.raises(ValueError, match="unknown model_type 'gpt2'; known are Dream, "):
         load(tmp_path)
     save(tmp_path, alibi=True)
     with pytest.raises(ValueError, match=r"config.json: the LLaDA config asks for alibi=True"):

@@ -1,7 +1,78 @@
-"""Native model families, by the ``model_type`` of their ``config.json``."""
+"""Native model families, by the ``model_type`` of their ``config.json``.
 
+A family is a class of :class:`LanguageModel` and one of :class:`ModelConfig`. Put the pair into :data:`MODELS`, and
+:func:`diffusion_runtime.load` knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_runtime.models._config import ModelConfig
+from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
+from diffusion_runtime.models.bd3lm import BD3LM, BD3LMConfig
+from diffusion_runtime.models.dream import Dream, DreamConfig
+from diffusion_runtime.models.fast_dllm import FastDLLM, FastDLLMConfig
 from diffusion_runtime.models.llada import LLaDA, LLaDAConfig
+from diffusion_runtime.models.llada2 import LLaDA2, LLaDA2Config
+from diffusion_runtime.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
+from diffusion_runtime.models.mdlm import MDLM, MDLMConfig
+from diffusion_runtime.models.sdar import SDAR, SDARConfig, SDARMoE, SDARMoEConfig
 
-MODELS = {"llada": (LLaDA, LLaDAConfig)}
+Family = tuple[type[LanguageModel], type[ModelConfig]]
 
-__all__ = ["MODELS", "LLaDA", "LLaDAConfig"]
+MODELS: dict[str, Family] = {
+    "Dream": (Dream, DreamConfig),
+    "Fast_dLLM_Qwen": (FastDLLM, FastDLLMConfig),
+    "bd3lm": (BD3LM, BD3LMConfig),
+    "llada": (LLaDA, LLaDAConfig),
+    "llada2_moe": (LLaDA2, LLaDA2Config),
+    "lladamoe": (LLaDAMoE, LLaDAMoEConfig),
+    "mdlm": (MDLM, MDLMConfig),
+    "sdar": (SDAR, SDARConfig),
+    "sdar_moe": (SDARMoE, SDARMoEConfig),
+}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a ``config.json`` belongs to.
+
+    Raises:
+        ValueError: an unknown ``model_type``; the message lists those that are known.
+    """
+    model_type = config.get("model_type")
+    if model_type == "llada" and "num_experts" in config:  # the name of two families
+        model_type = "lladamoe"
+    if model_type not in MODELS:
+        raise ValueError(f"unknown model_type {model_type!r}; known are {', '.join(MODELS)}")
+    return MODELS[model_type]
+
+
+__all__ = [
+    "BD3LM",
+    "MDLM",
+    "MODELS",
+    "SDAR",
+    "BD3LMConfig",
+    "Dream",
+    "DreamConfig",
+    "Family",
+    "FastDLLM",
+    "FastDLLMConfig",
+    "Head",
+    "KeyShape",
+    "LLaDA",
+    "LLaDA2",
+    "LLaDA2Config",
+    "LLaDAConfig",
+    "LLaDAMoE",
+    "LLaDAMoEConfig",
+    "LanguageModel",
+    "MDLMConfig",
+    "ModelConfig",
+    "SDARConfig",
+    "SDARMoE",
+    "SDARMoEConfig",
+    "family_of",
+]

@@ -22,8 +22,22 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
     Returns:
         two ``[length, head_dim / 2]`` float32 tensors.
     """
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return rotary_angles(torch.arange(length, device=device), head_dim, theta)
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """The rows of :func:`rotary_table` at these positions.
+
+    Args:
+        positions: ``[...]`` int64.
+        rotary_dim: how many elements of a head rotate, even.
+        theta: the base of the wavelengths.
+
+    Returns:
+        two ``[..., rotary_dim / 2]`` float32 tensors.
+    """
+    every_second = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32)
+    angle = positions[..., None].float() * theta ** -(every_second / rotary_dim)
     return angle.cos(), angle.sin()
 
 

@@ -4,6 +4,7 @@ from diffusion_runtime.ops import _attention_library, _library, _norm_library  #
 from diffusion_runtime.ops._attention import attention
 from diffusion_runtime.ops._attention_arguments import Packed, PagedPrefix, Prefix
 from diffusion_runtime.ops._attention_masks import (
+    AttentionMask,
     Bidirectional,
     BlockCausal,
     Causal,
@@ -28,6 +29,7 @@ __all__ = [
     "DRAW_NOISE",
     "DRAW_ORDER",
     "DRAW_TOKEN",
+    "AttentionMask",
     "BackendUnavailableError",
     "Bidirectional",
     "BlockCausal",

@@ -1,0 +1,81 @@
+"""What the denoising loop asks of a model, and what every native family is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffusion_runtime import ops
+from diffusion_runtime.nn import AttentionContext
+
+
+class Head(NamedTuple):
+    """The product that turns hidden states into logits."""
+
+    weight: Tensor  # [vocab, dim]
+    bias: Tensor | None = None  # [vocab]
+
+
+class KeyShape(NamedTuple):
+    """The sizes of what a cache keeps of each token."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits out.
+
+    A family implements :meth:`hidden` and :attr:`head`, sets :attr:`config`, and says what is not the default:
+
+    * ``shifted``: the states at a position give the logits of the *next* one, as models made from autoregressive ones
+      have it; the first position uses its own.
+    * ``block_length``: attention is causal from block to block of so many positions, counted from the first token;
+      None: every position sees all others.
+    """
+
+    config: Any
+    shifted: bool = False
+
+    @property
+    def mask_token_id(self) -> int:
+        """The token that stands for an undecided position."""
+        token: int = self.config.mask_token_id
+        return token
+
+    @property
+    def block_length(self) -> int | None:
+        """Positions of a block, or None."""
+        return None
+
+    @property
+    def head(self) -> Head:
+        """The LM head."""
+        raise NotImplementedError
+
+    @property
+    def key_shape(self) -> KeyShape:
+        """What a cache has to hold."""
+        raise NotImplementedError
+
+    def hidden(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """``[batch, length]`` int64 -> ``[batch, length, dim]``, after the final norm.
+
+        Args:
+            tokens: those of this forward.
+            context: where they stand and what else they see. None: they are whole sequences.
+        """
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
+        """``[batch, length]`` int64 -> ``[batch, length, vocab]`` in the dtype of the weights; nothing is shifted."""
+        return functional.linear(self.hidden(tokens, context), *self.head)
+
+    def whole_sequences(self) -> AttentionContext:
+        """The context of sequences that are seen at once."""
+        if self.block_length is None:
+            return AttentionContext()
+        return AttentionContext(ops.BlockCausal(self.block_length))

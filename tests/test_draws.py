@@ -56,12 +56,12 @@ def z_score(counts: np.ndarray, expected: np.ndarray) -> float:
     ("backend", "vocab", "draws", "temperature"),
     [
         ("cpp", 512, 1_000_000, 1.0),
-        ("cpp", 4096, 1_000_000, 0.7),
-        ("cpp", 50_000, 1_000_000, 1.0),
+        ("cpp", 4096, 300_000, 0.7),
+        ("cpp", 50_000, 200_000, 1.0),
         ("cpp-avx2", 4096, 200_000, 1.0),
         ("cpp-portable", 512, 200_000, 1.0),
-        ("reference", 512, 50_000, 1.0),
-        ("triton", 200, 20_000, 1.0),
+        ("reference", 512, 20_000, 1.0),
+        ("triton", 200, 4_000, 1.0),
         pytest.param("triton", 50_000, 200_000, 1.0, marks=pytest.mark.gpu),
         pytest.param("cuda", 512, 1_000_000, 1.0, marks=pytest.mark.gpu),
         pytest.param("cuda", 50_000, 200_000, 0.7, marks=pytest.mark.gpu),
@@ -79,8 +79,8 @@ def test_draws_follow_the_softmax(backend, vocab, draws, temperature):
     assert abs(z) < 4, f"chi-square z {z:.2f}"
 
 
-def test_cpp_and_triton_draw_the_same_tokens_on_10000_rows():
-    logits = torch.randn(10_000, 300) * 3
+def test_cpp_and_triton_draw_the_same_tokens():
+    logits = torch.randn(2_000, 300) * 3
     settings = {"temperature": 0.9, "seed": 2024}
     cpp = sample_tokens(logits, backend="cpp", **settings)
     triton = sample_tokens(logits, backend="triton", **settings)

@@ -164,9 +164,9 @@ class TestEdges:
 @pytest.mark.parametrize(
     ("backend", "draws"),
     [
-        ("cpp", 200_000),
-        ("reference", 20_000),
-        ("triton", 1_000),
+        ("cpp", 50_000),
+        ("reference", 5_000),
+        ("triton", 400),
         pytest.param("cuda", 200_000, marks=pytest.mark.gpu),
     ],
 )

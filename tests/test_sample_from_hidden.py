@@ -62,7 +62,7 @@ def assert_agrees(got, hidden, weight, **settings):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_agrees_with_float64(backend, dtype, vocab, temperature, statistics_temperature, softcap, with_bias):
-    if backend == "triton" and vocab > 2049 and (softcap is not None or dtype == torch.float16):
+    if backend == "triton" and vocab > 2049 and not (temperature == 1.3 and dtype == torch.bfloat16):
         pytest.skip("interpreted: some of the large vocabularies are enough")
     hidden, weight, bias = head(9, vocab, 37, dtype)
     settings = {

@@ -15,7 +15,7 @@ STATISTICS = ["logprob", "confidence", "margin", "entropy", "logsumexp"]
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=CASES)
 def test_every_combination_agrees_with_float64(backend, case):
     logits, arguments = build(case)

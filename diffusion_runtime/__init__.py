@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion_runtime import ops
-    from diffusion_runtime.denoiser import Denoiser, Step
+    from diffusion_runtime.denoiser import Denoiser, Request, Result, Step, wrap
     from diffusion_runtime.loading import load
 
     __version__: str
 
-__all__ = ["Denoiser", "Step", "__version__", "load", "ops"]
+__all__ = ["Denoiser", "Request", "Result", "Step", "__version__", "load", "ops", "wrap"]
 
-_HOMES = {"Denoiser": "denoiser", "Step": "denoiser", "load": "loading"}
+_HOMES = dict.fromkeys(("Denoiser", "Request", "Result", "Step", "wrap"), "denoiser") | {"load": "loading"}
 
 
 def __getattr__(name: str) -> Any:

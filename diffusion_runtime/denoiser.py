@@ -3,53 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_runtime import ops
-from diffusion_runtime.decoding import POLICIES, Canvas, Policy, Rule, UniformDiffusion, linear_quotas
+from diffusion_runtime.decoding import Policy, Rule, UniformDiffusion, as_policy
+from diffusion_runtime.denoising import (
+    Batch,
+    Defaults,
+    Request,
+    Result,
+    Step,
+    blocks_between,
+    decide,
+    denoise_noise,
+    num_steps_per_block,
+    result_of,
+    row_of,
+    seeds_of,
+    states_of,
+    stop_strings,
+)
+from diffusion_runtime.models import LanguageModel, wrap
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one denoising step did."""
-
-    index: int  # counts the forwards of the whole run, from 0
-    block: slice  # the canvas, in the sequence
-    tokens: Tensor  # [batch, length] int64 after this step; a copy. In uniform diffusion to the end of the block, the
-    # most probable token at each of its positions
-    commit_mask: Tensor  # [batch, length] bool: the positions that this step decided, or kept
-    samples: ops.TokenSamples  # [batch, block length]; token -1 where nothing was undecided
+__all__ = ["Denoiser", "Request", "Result", "Step", "stop_strings", "wrap"]
 
 
 class Denoiser:
     """Decides undecided positions of token sequences with a model, step by step.
 
     Args:
-        model: a module, or any callable, from ``[batch, length]`` int64 tokens to ``[batch, length, vocab]`` logits, or
-            to an object that has them as ``.logits``. It runs as it is: put it into evaluation mode if it has one that
-            matters. In uniform diffusion it is shown the sequence to the end of the current block; if it has an
-            attribute ``self_conditioning_embedding`` (``[vocab, dim]``), it is called with ``self_conditioning=`` as
-            well: ``[batch, block length, dim]``, the embedding that the step before expects at each position of the
-            block (0 at a block's first step).
+        model: a native model, or one that :func:`wrap` has made of any module; any other callable from ``[batch,
+            length]`` int64 tokens to logits is wrapped here. It runs as it is: put it into evaluation mode if it has
+            one that matters. In uniform diffusion it is called with the sequence to the end of the current block; if it
+            has an attribute ``self_conditioning_embedding`` (``[vocab, dim]``), it is called with
+            ``self_conditioning=`` as well: ``[batch, block length, dim]``, the embedding that the step before expects
+            at each position of the block (0 at a block's first step).
         policy: what a step commits: a name of :data:`diffusion_runtime.decoding.POLICIES`, a
             :class:`~diffusion_runtime.decoding.Policy`, a rule of your own (which is then scheduled), or a
             :class:`~diffusion_runtime.decoding.UniformDiffusion`.
         num_steps: forwards in all, split evenly over the blocks, of whose number it must be a multiple; a block without
-            masked positions takes none of its share. None: one position per forward in the row that has most. A
-            policy without a schedule takes None only. In uniform diffusion, which may stop early, the most forwards;
-            None: what the policy says, for each block.
-        block_length: blocks are decided one after the other, from the left. None: everything is one block. The last
-            block may be shorter.
-        temperature: 0 takes the most probable token; above, tokens are drawn. Confidences stay those at temperature 1.
-            Uniform diffusion has its own.
+            masked positions takes none of its share. None: as many as a block has positions. A policy without a
+            schedule takes None only. In uniform diffusion, which may stop early, the most forwards; None: what the
+            policy says, for each block.
+        block_length: blocks are decided one after the other, from the left. None: that of the model's attention, or
+            everything is one block. The last block may be shorter. Where the model's attention is causal from block to
+            block, blocks lie on its grid, which begins at the first token; else they begin behind the prompt.
+        temperature: 0 takes the most probable token; above, tokens are drawn. Uniform diffusion has its own.
+        top_k, top_p, min_p: which tokens may be drawn; see :func:`diffusion_runtime.ops.sample_tokens`.
+        guidance_scale: classifier-free guidance ``w``: logits become ``u + (w + 1) (c - u)``, where ``u`` are those of
+            the sequence with every given token masked (Nie et al., 2025, appendix A.2). It takes two forwards at once,
+            whose states are combined before the head. 0: none.
+        suppress: tokens that are never drawn, at any temperature, and have no share in a confidence.
+        stop_token_ids: a sequence ends at the first of these, once everything before it is decided.
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
             Uniform diffusion has none.
-        backend: of :func:`diffusion_runtime.ops.sample_tokens`, and of ``soft_embedding`` for self-conditioning.
+        backend: of the op that samples, and of ``soft_embedding`` for self-conditioning.
+        check_every: after how many steps the loop looks which rows have finished their block, where a policy may
+            finish early; on a GPU a look waits for it. It changes no answer. On a CPU the loop always looks.
 
     A row depends on its own tokens and seed alone, never on its neighbours in the batch, as far as the model's own
     arithmetic does not depend on the shape of its batch.
@@ -57,55 +72,71 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: LanguageModel | Callable[..., Any],
         *,
         policy: str | Policy | UniformDiffusion | Rule = "low_confidence",
         num_steps: int | None = None,
         block_length: int | None = None,
         temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        guidance_scale: float = 0.0,
+        suppress: Sequence[int] = (),
+        stop_token_ids: Sequence[int] = (),
         mask_token_id: int | None = None,
         backend: str | None = None,
+        check_every: int = 1,
     ) -> None:
-        if isinstance(policy, str):
-            if policy not in POLICIES:
-                raise ValueError(f"unknown policy {policy!r}; expected one of {', '.join(POLICIES)}")
-            policy = POLICIES[policy]
-        self.policy = policy if isinstance(policy, Policy | UniformDiffusion) else Policy(policy)
-        for name, value in (("num_steps", num_steps), ("block_length", block_length)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        self.policy = as_policy(policy)
+        if check_every < 1:
+            raise ValueError(f"check_every must be at least 1, got {check_every}")
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance_scale}")
+        self.model = model
         if isinstance(self.policy, UniformDiffusion):
-            if temperature != 0.0 or mask_token_id is not None:
-                raise ValueError(
-                    "uniform diffusion has temperatures of its own and no mask token: temperature and mask_token_id "
-                    f"must not be given, got {temperature} and {mask_token_id}"
-                )
+            given = [temperature, guidance_scale, top_k, top_p, min_p, mask_token_id, *suppress, *stop_token_ids]
+            if any(value not in (None, 0.0) for value in given):
+                raise ValueError(f"uniform diffusion has temperatures of its own and no mask token, got {given}")
             mask_token_id = -1  # which no token is
-        elif num_steps is not None and not self.policy.scheduled:
-            raise ValueError(f"the policy decides itself when it is done: num_steps must be None, got {num_steps}")
         elif mask_token_id is None:
             mask_token_id = getattr(model, "mask_token_id", None)
             if mask_token_id is None:
                 raise ValueError("mask_token_id is needed: the model has no attribute of that name")
-        self.model = model
-        self.num_steps = num_steps
-        self.block_length = block_length
-        self.temperature = temperature
+        self.language_model = model if isinstance(model, LanguageModel) else wrap(model, mask_token_id=mask_token_id)
+        grid = self.language_model.block_length
+        if grid is not None and block_length not in (None, grid):
+            raise ValueError(f"block_length must be {grid}, as the model's attention has it, got {block_length}")
+        self.defaults = Defaults(
+            policy=self.policy,
+            num_steps=num_steps,
+            block_length=block_length or grid,
+            absolute=grid is not None,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            suppress=suppress,
+            stop_token_ids=stop_token_ids,
+        )
+        self.guidance_scale = guidance_scale
         self.mask_token_id = mask_token_id
         self.backend = backend
+        self.check_every = check_every
+        weight = next(self.language_model.parameters(), None)
+        self._device = torch.device("cpu") if weight is None else weight.device
 
     def generate(self, tokens: Tensor, *, max_new_tokens: int, seed: Tensor | int = 0) -> Tensor:
         """Append ``max_new_tokens`` tokens to each prompt.
 
         Args:
-            tokens: ``[batch, length]`` int64 prompts without masked positions.
+            tokens: ``[batch, length]`` int64 prompts without masked positions. For prompts of different lengths, see
+                :meth:`serve`.
             max_new_tokens: at least 1.
             seed: of every row, or ``[batch]`` int64: one for each. Equal prompts with equal seeds get equal answers.
 
         Returns:
-            ``[batch, length + max_new_tokens]`` int64.
+            ``[batch, length + max_new_tokens]`` int64. Behind a stop token there are only copies of it.
         """
         return self._last(self.stream(tokens, max_new_tokens=max_new_tokens, seed=seed))
 
@@ -125,103 +156,127 @@ class Denoiser:
     def stream(self, tokens: Tensor, *, max_new_tokens: int | None = None, seed: Tensor | int = 0) -> Iterator[Step]:
         """Yield a :class:`Step` after each forward: of :meth:`generate`, or without ``max_new_tokens`` of infill."""
         self._check(tokens, max_new_tokens)
-        seeds = self._seeds(seed, tokens)
-        if isinstance(self.policy, Policy):
-            yield from self._from_masks(self.policy, tokens, max_new_tokens, seeds)
-        elif max_new_tokens is None:
-            raise ValueError("uniform diffusion has no masked positions to fill; max_new_tokens must be given")
-        else:
-            yield from self._from_noise(self.policy, tokens, max_new_tokens, seeds)
-
-    def _from_masks(self, policy: Policy, tokens: Tensor, max_new_tokens: int | None, seeds: Tensor) -> Iterator[Step]:
-        origin = 0 if max_new_tokens is None else tokens.shape[1]
-        tokens = torch.nn.functional.pad(tokens, (0, max_new_tokens or 0), value=self.mask_token_id)
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        steps = torch.zeros_like(seeds)
-        index = 0
-        for block in self._blocks_with_masks(tokens == self.mask_token_id, origin):
-            num_masked = (tokens[:, block] == self.mask_token_id).sum(1)
-            # one position a forward, or a share of all blocks, not of those that the batch has masks in: a row would
-            # depend on its neighbours
-            share = self._steps_of_block(tokens.shape[1] - origin) or int(num_masked.max())
-            for quota in linear_quotas(num_masked, share):
-                canvas = Canvas(tokens[:, block] == self.mask_token_id, quota, position[block], seeds, steps)
-                if not policy.scheduled and not canvas.masked.any():
-                    break
-                logits = self._logits(tokens)
-                samples = ops.sample_tokens(
-                    logits[:, block],
-                    temperature=self.temperature,
-                    seed=canvas.seed,
-                    position=canvas.position,
-                    step=canvas.step,
-                    masked=canvas.masked,
-                    # a committed mask token would stay undecided for ever
-                    suppress=[self.mask_token_id] if self.mask_token_id < logits.shape[-1] else None,
-                    statistics="restricted",
-                    backend=self.backend,
-                )
-                commit_mask = policy.rule(samples, canvas) & canvas.masked
-                committed = ops.commit_tokens(tokens[:, block], samples.token, commit_mask)
-                tokens = tokens.clone()  # the tensor of the previous Step stays as it was
-                tokens[:, block] = committed
-                yield Step(index, block, tokens, self._widen(commit_mask, block, tokens), samples)
-                # a row counts the steps in which it had something to decide, or its draws would follow its neighbours
-                steps = steps + canvas.masked.any(1, keepdim=True)
-                index += 1
-
-    def _from_noise(
-        self, policy: UniformDiffusion, prompt: Tensor, max_new_tokens: int, seeds: Tensor
-    ) -> Iterator[Step]:
-        num_steps = self._steps_of_block(max_new_tokens) or policy.num_steps
-        embedding: Tensor | None = getattr(self.model, "self_conditioning_embedding", None)
-        steps = torch.zeros_like(seeds)
-        tokens = prompt
-        index = 0
-        for block in self._blocks(prompt.shape[1], prompt.shape[1] + max_new_tokens):
-            before = tokens
-            canvas = policy.begin(torch.arange(block.start, block.stop, device=prompt.device), seeds, steps)
-            expected = None if embedding is None else embedding.new_zeros(*canvas.tokens.shape, embedding.shape[1])
-            for step in range(num_steps):
-                logits = self._logits(torch.cat((before, canvas.tokens), 1), expected)[:, block]
-                if logits.shape[-1] != policy.vocab_size:
-                    raise ValueError(f"the model must give {policy.vocab_size} logits, got {logits.shape[-1]}")
-                temperature = policy.temperature(step, num_steps)
-                samples = ops.sample_tokens(
-                    logits,
-                    temperature=temperature,
-                    statistics_temperature=temperature,
-                    seed=canvas.seed,
-                    position=canvas.position,
-                    step=canvas.step,
-                    masked=canvas.live[:, None],
-                    backend=self.backend,
-                )
-                canvas = policy.step(samples, canvas)
-                tokens = torch.cat((before, canvas.answer), 1)
-                yield Step(index, block, tokens, self._widen(canvas.commit_mask, block, tokens), samples)
-                index += 1
-                if (step + 1) % policy.check_every == 0 and not canvas.live.any():
-                    break
-                if embedding is not None:
-                    expected = ops.soft_embedding(
-                        logits,
-                        embedding,
-                        temperature=temperature,
-                        masked=canvas.live[:, None],
-                        logsumexp=samples.logsumexp,
-                        backend=self.backend,
-                    )
-            steps = canvas.step
-
-    def _logits(self, tokens: Tensor, expected: Tensor | None = None) -> Tensor:
-        output = self.model(tokens) if expected is None else self.model(tokens, self_conditioning=expected)
-        logits: Tensor = getattr(output, "logits", output)
-        if logits.shape[:2] != tokens.shape or logits.ndim != 3:
-            raise ValueError(
-                f"the model must give logits [{tokens.shape[0]}, {tokens.shape[1]}, vocab], got {tuple(logits.shape)}"
+        seeds = seeds_of(seed, tokens)
+        if isinstance(self.policy, UniformDiffusion):
+            if max_new_tokens is None:
+                raise ValueError("uniform diffusion has no masked positions to fill; max_new_tokens must be given")
+            blocks = blocks_between(
+                tokens.shape[1], tokens.shape[1] + max_new_tokens, self.defaults.block_length, absolute=False
             )
-        return logits
+            num_steps = num_steps_per_block(self.defaults.num_steps, len(blocks))
+            for done in denoise_noise(self.model, self.policy, tokens, blocks, num_steps, seeds, self.backend):
+                yield Step(*done)
+            return
+        requests = [
+            Request(row, max_new_tokens=max_new_tokens or 0, seed=int(s)) for row, s in zip(tokens, seeds, strict=True)
+        ]
+        batch = self._batch(requests, tokens.device)
+        index = 0
+        while batch.width:
+            blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in batch.rows]
+            samples, commit_mask = self._step(batch)
+            wide = torch.zeros_like(batch.tokens, dtype=torch.bool)
+            wide.scatter_(1, batch.position, commit_mask)
+            self._advance(batch)
+            yield Step(index, blocks, batch.tokens, wide, samples)
+            index += 1
+
+    @torch.no_grad()
+    def serve(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Result]:
+        """Yield each request's :class:`Result` as it is finished, in that order.
+
+        Finished requests leave, and the next ones join, between steps. A request's tokens are the same whatever shares
+        its batch. Not in uniform diffusion.
+
+        Args:
+            requests: taken one by one, as there is room.
+            batch_size: how many are denoised together.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(self.policy, UniformDiffusion):
+            raise ValueError("uniform diffusion does not serve requests: use generate")
+        waiting = iter(requests)
+        batch: Batch | None = None
+        while True:
+            room = batch_size - (0 if batch is None else len(batch.rows))
+            joining = list(islice(waiting, room))
+            if joining and batch is None:
+                batch = self._batch(joining, self._device)
+            elif joining:
+                assert batch is not None
+                batch.join(self._batch(joining, self._device))
+            if batch is None or not batch.rows:
+                return
+            if batch.width:
+                self._step(batch)
+                self._advance(batch)
+            ended = [i for i, row in enumerate(batch.rows) if not row.blocks]
+            for i in ended:
+                yield result_of(batch.rows[i], batch.tokens[i].cpu())
+            if ended:
+                batch.keep([i for i, row in enumerate(batch.rows) if row.blocks])
+
+    def _step(self, batch: Batch) -> tuple[ops.TokenSamples, Tensor]:
+        canvas = batch.canvas()
+        states = states_of(self.language_model, batch, self.guidance_scale)
+        head = self.language_model.head
+        vocab = states.shape[-1] if head is None else head.weight.shape[0]
+        settings = batch.settings
+        arguments: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "statistics_temperature": settings.statistics_temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "seed": canvas.seed,
+            "position": canvas.position,
+            "step": canvas.step,
+            "masked": canvas.masked | (canvas.editable & settings.revises[:, None]),
+            "allowed": batch.allowed(vocab),
+            # a committed mask token would stay undecided for ever
+            "suppress": [self.mask_token_id] if self.mask_token_id < vocab else None,
+            "statistics": "restricted",
+            "backend": self.backend,
+        }
+        if head is None:
+            samples = ops.sample_tokens(states, **arguments)
+        else:
+            samples = ops.sample_from_hidden(states, head.weight, bias=head.bias, **arguments)
+        commit_mask = batch.apply(decide(batch.rows, samples, canvas), samples, canvas)
+        for row in batch.rows:
+            row.index += 1
+            row.num_forwards += bool(row.blocks)
+        return samples, commit_mask
+
+    def _advance(self, batch: Batch) -> None:
+        """Move the rows whose block is done on to the next one, or to their end."""
+        looks = batch.tokens.device.type == "cpu" or (
+            any(row.policy.adaptive or not row.policy.scheduled for row in batch.rows)
+            and max(row.index for row in batch.rows) % self.check_every == 0
+        )
+        live = batch.live.tolist() if looks else [True] * len(batch.rows)
+        done = [
+            i
+            for i, row in enumerate(batch.rows)
+            if row.blocks and (not live[i] or (row.policy.scheduled and row.index >= row.num_steps))
+        ]
+        for i in done:
+            row = batch.rows[i]
+            row.next_block()
+            if row.stop_token_ids or row.request.stop is not None:
+                row.stop(batch.tokens[i], self.mask_token_id)
+        if done:
+            batch.refresh()
+
+    def _batch(self, requests: Iterable[Request], device: torch.device) -> Batch:
+        rows, tokens = [], []
+        for request in requests:
+            assert isinstance(request.tokens, Tensor)
+            padded = torch.nn.functional.pad(request.tokens, (0, request.max_new_tokens), value=self.mask_token_id)
+            rows.append(row_of(request, self.defaults, (padded == self.mask_token_id).tolist()))
+            tokens.append(padded.to(device))
+        return Batch(rows, tokens, self.mask_token_id)
 
     def _check(self, tokens: Tensor, max_new_tokens: int | None) -> None:
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
@@ -232,40 +287,6 @@ class Denoiser:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if (tokens == self.mask_token_id).any():
             raise ValueError(f"the prompt holds the mask token {self.mask_token_id}; infill fills masked positions")
-
-    def _seeds(self, seed: Tensor | int, tokens: Tensor) -> Tensor:
-        if not isinstance(seed, Tensor | int):
-            raise TypeError(f"seed must be an int or a tensor, got {type(seed).__name__}")
-        if isinstance(seed, int):
-            if not -(2**63) <= seed < 2**64:
-                raise ValueError(f"seed must have at most 64 bits, got {seed}")
-            seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, device=tokens.device).expand(len(tokens))
-        if seed.dtype != torch.int64 or seed.shape != tokens.shape[:1]:
-            raise ValueError(f"seed must be an int or [{len(tokens)}] int64, got {tuple(seed.shape)} {seed.dtype}")
-        return seed[:, None]
-
-    def _blocks(self, origin: int, end: int) -> list[slice]:
-        length = self.block_length or max(1, end - origin)
-        return [slice(start, min(start + length, end)) for start in range(origin, end, length)]
-
-    def _blocks_with_masks(self, masked: Tensor, origin: int) -> list[slice]:
-        """The blocks of a grid that begins at ``origin`` in which any row has masked positions."""
-        columns = masked.any(0).tolist()
-        return [block for block in self._blocks(origin, masked.shape[1]) if any(columns[block])]
-
-    def _steps_of_block(self, length: int) -> int | None:
-        if self.num_steps is None:
-            return None
-        num_blocks = math.ceil(length / (self.block_length or length))
-        if self.num_steps % num_blocks:
-            raise ValueError(f"num_steps must be a multiple of the {num_blocks} blocks, got {self.num_steps}")
-        return self.num_steps // num_blocks
-
-    @staticmethod
-    def _widen(commit_mask: Tensor, block: slice, tokens: Tensor) -> Tensor:
-        wide = torch.zeros_like(tokens, dtype=torch.bool)
-        wide[:, block] = commit_mask
-        return wide
 
     @staticmethod
     def _last(steps: Iterator[Step], default: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TextIO, TypeVar
 
 from torch import Tensor
@@ -15,7 +15,9 @@ class TracedStep(Protocol):
     @property
     def index(self) -> int: ...
     @property
-    def block(self) -> slice: ...
+    def blocks(self) -> Sequence[slice]: ...
+    @property
+    def tokens(self) -> Tensor: ...
     @property
     def commit_mask(self) -> Tensor: ...
     @property
@@ -31,17 +33,18 @@ def record(step: TracedStep) -> dict[str, Any]:
     """One step as plain lists and numbers.
 
     Returns:
-        ``{"step", "block": [start, stop], "rows": [[{"position", "token", "logprob", ...}, ...], ...]}``: for each row
-        of the batch the positions that this step committed, from the left, with the statistics they had (nats).
+        ``{"step", "blocks": [[start, stop], ...], "rows": [[{"position", "token", "logprob", ...}, ...], ...]}``: for
+        each row of the batch its block, and the positions that this step committed, from the left, with the statistics
+        they had (nats).
     """
-    start, samples = step.block.start, step.samples
+    samples = step.samples
     rows: list[list[dict[str, Any]]] = [[] for _ in range(step.commit_mask.shape[0])]
     for row, position in step.commit_mask.nonzero().tolist():
-        at = (row, position - start)
-        entry = {"position": position, "token": int(samples.token[at])}
+        at = (row, position - step.blocks[row].start)
+        entry = {"position": position, "token": int(step.tokens[row, position])}
         entry |= {name: round(float(getattr(samples, name)[at]), 6) for name in _STATISTICS}
         rows[row].append(entry)
-    return {"step": step.index, "block": [start, step.block.stop], "rows": rows}
+    return {"step": step.index, "blocks": [[block.start, block.stop] for block in step.blocks], "rows": rows}
 
 
 def write(steps: Iterable[AnyStep], file: TextIO) -> Iterator[AnyStep]:

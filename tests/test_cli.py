@@ -58,7 +58,8 @@ def test_help_does_not_import_torch() -> None:
 
 
 def test_the_names_in_the_parser_are_those_of_the_library() -> None:
-    assert set(parser.POLICIES) == set(POLICIES)
+    assert set(parser.SCHEDULED) == {name for name, policy in POLICIES.items() if policy.scheduled}
+    assert set(parser.DECIDING_THEMSELVES) == {name for name, policy in POLICIES.items() if not policy.scheduled}
     assert set(parser.BACKENDS) == set(BACKENDS)
 
 

@@ -201,7 +201,7 @@ def test_steps_and_trace():
     lines: list[str] = []
     steps = list(trace.write(denoiser.stream(prompt, max_new_tokens=8), SimpleNamespace(write=lines.append)))
     assert [step.index for step in steps] == [0, 1, 2, 3]
-    assert [(step.block.start, step.block.stop) for step in steps] == [(3, 7), (3, 7), (7, 11), (7, 11)]
+    assert [(step.blocks[0].start, step.blocks[0].stop) for step in steps] == [(3, 7), (3, 7), (7, 11), (7, 11)]
     seen = torch.zeros(2, 11, dtype=torch.bool)
     for step, line in zip(steps, lines, strict=True):
         assert not (seen & step.commit_mask).any()
@@ -209,13 +209,13 @@ def test_steps_and_trace():
         assert torch.equal(step.tokens != MASK, seen | (torch.arange(11) < 3))
         record = json.loads(line)
         assert record["step"] == step.index
-        assert record["block"] == [step.block.start, step.block.stop]
+        assert record["blocks"] == [[block.start, block.stop] for block in step.blocks]
         for row, entries in enumerate(record["rows"]):
             assert [e["position"] for e in entries] == step.commit_mask[row].nonzero()[:, 0].tolist()
             for e in entries:
                 assert e["token"] == step.tokens[row, e["position"]]
                 assert e["logprob"] == pytest.approx(
-                    float(step.samples.logprob[row, e["position"] - step.block.start]), abs=1e-6
+                    float(step.samples.logprob[row, e["position"] - step.blocks[row].start]), abs=1e-6
                 )
 
 

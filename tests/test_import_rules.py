@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusion_runtime"
 LINES = 300
 
-BELOW_DENOISER = {"decoding", "cache", "models", "nn", "ops", "trace", "loading"}
+BELOW_DENOISER = {"denoising", "decoding", "cache", "models", "nn", "ops", "trace", "loading"}
 
 # a room, which is a file or a folder of the package: the other rooms that it may import
 ROOMS: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"__version__", "denoiser", "sudoku", *BELOW_DENOISER},
     "denoiser": BELOW_DENOISER,
     "integrations": {"denoiser", *BELOW_DENOISER},
+    "denoising": {"decoding", "cache", "models", "nn", "ops"},
     "decoding": {"ops"},
     "cache": {"nn", "ops"},
     "models": {"nn", "ops"},

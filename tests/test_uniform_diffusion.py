@@ -96,8 +96,8 @@ def test_takes_the_published_steps(kind, block_length, stable_steps):
         lengths.append(len(steps))
         for step, shown, (their_input, answer, kept, entropy) in zip(steps, model.shown, expected, strict=True):
             assert torch.equal(shown, their_input)
-            assert torch.equal(step.tokens[0, step.block], answer)
-            assert torch.equal(step.commit_mask[0, step.block], kept)
+            assert torch.equal(step.tokens[0, step.blocks[0]], answer)
+            assert torch.equal(step.commit_mask[0, step.blocks[0]], kept)
             torch.testing.assert_close(step.samples.entropy[0].double(), entropy, rtol=1e-4, atol=1e-4)
         assert steps[-1].tokens.shape == (1, 16)
         assert torch.equal(steps[-1].tokens[0, :6], prompt)
@@ -207,7 +207,7 @@ def test_num_steps_of_the_denoiser_goes_before_the_policy():
         assert len(steps) == expected
         assert [step.index for step in steps] == list(range(expected))
         assert steps[0].tokens.shape == (1, 7) == steps[0].commit_mask.shape
-        assert (steps[-1].block.start, steps[-1].block.stop) == (7, 11)
+        assert (steps[-1].blocks[0].start, steps[-1].blocks[0].stop) == (7, 11)
     with pytest.raises(ValueError, match="num_steps must be a multiple of the 2 blocks, got 3"):
         Denoiser(model, policy=never_sure, block_length=4, num_steps=3).generate(prompt, max_new_tokens=8)
 

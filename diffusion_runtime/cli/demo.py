@@ -67,7 +67,7 @@ def _advance(view: board.View, progressed: Progressed) -> None:
     view.fresh = {cell for cell in range(81) if fresh[cell]}
     probability = step.samples.logprob[0].exp().tolist()
     for cell in view.fresh:
-        view.confidence[cell] = probability[sudoku.CELL_POSITIONS[cell] - step.block.start]
+        view.confidence[cell] = probability[sudoku.CELL_POSITIONS[cell] - step.blocks[0].start]
     view.least_confidence = progressed.least_confidence
     view.num_forwards, view.seconds = progressed.num_forwards, progressed.seconds
 

@@ -9,7 +9,17 @@ from typing import Any, NoReturn
 from diffusion_runtime.cli.errors import CommandError
 
 # Written here a second time because importing them would import torch; the tests hold both to be the same.
-POLICIES = ("low_confidence", "random", "topk_margin", "entropy", "threshold")
+SCHEDULED = (
+    *("low_confidence", "random", "topk_margin", "entropy", "mdlm", "llada2"),
+    *("dream_origin", "dream_maskgit_plus", "dream_topk_margin", "dream_entropy"),
+    *("sdar_sequential", "sdar_static", "sdar_dynamic"),
+    *("remdm_cap", "remdm_rescale", "remdm_conf", "remdm_loop"),
+)
+DECIDING_THEMSELVES = (
+    *("threshold", "factor", "eb_sampler", "fast_dllm_v2", "llada2.1"),
+    *("sdar_entropy_bounded", "bd3lm_first_hitting"),
+)
+POLICIES = SCHEDULED + DECIDING_THEMSELVES
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 _EXAMPLES = """\
@@ -197,8 +207,7 @@ def _mask(text: str) -> tuple[str, int]:
 
 def check_decoding(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
-    scheduled = args.policy != "threshold"
-    if args.threshold is not None and scheduled:
+    if args.threshold is not None and args.policy != "threshold":
         raise CommandError(f"--threshold belongs to --policy threshold, not to {args.policy}; leave one of them out")
-    if args.steps is not None and not scheduled:
-        raise CommandError("--policy threshold decides itself how many steps it takes; leave --steps out")
+    if args.steps is not None and args.policy in DECIDING_THEMSELVES:
+        raise CommandError(f"--policy {args.policy} decides itself how many steps it takes; leave --steps out")

@@ -107,7 +107,7 @@ def denoise(
             return
         num_left = int((step.tokens == denoiser.mask_token_id).sum())  # waits for the device
         seconds += time.perf_counter() - started
-        committed = step.samples.logprob[step.commit_mask[:, step.block]].exp()
+        committed = step.samples.logprob[step.at_blocks(step.commit_mask)].exp()
         least = float(committed.min()) if len(committed) else None
         yield Progressed(step, len(committed), num_left, least, seconds)
 

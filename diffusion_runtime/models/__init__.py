@@ -7,31 +7,47 @@ A family is a class of :class:`LanguageModel` and one of :class:`ModelConfig`. P
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.models._config import ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
-from diffusion_runtime.models.bd3lm import BD3LM, BD3LMConfig
-from diffusion_runtime.models.dream import Dream, DreamConfig
-from diffusion_runtime.models.fast_dllm import FastDLLM, FastDLLMConfig
-from diffusion_runtime.models.llada import LLaDA, LLaDAConfig
-from diffusion_runtime.models.llada2 import LLaDA2, LLaDA2Config
-from diffusion_runtime.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
-from diffusion_runtime.models.mdlm import MDLM, MDLMConfig
-from diffusion_runtime.models.sdar import SDAR, SDARConfig, SDARMoE, SDARMoEConfig
+from diffusion_runtime.models.wrapped import wrap
+
+if TYPE_CHECKING:
+    from diffusion_runtime.models.bd3lm import BD3LM, BD3LMConfig
+    from diffusion_runtime.models.dream import Dream, DreamConfig
+    from diffusion_runtime.models.fast_dllm import FastDLLM, FastDLLMConfig
+    from diffusion_runtime.models.llada import LLaDA, LLaDAConfig
+    from diffusion_runtime.models.llada2 import LLaDA2, LLaDA2Config
+    from diffusion_runtime.models.llada_moe import LLaDAMoE, LLaDAMoEConfig
+    from diffusion_runtime.models.mdlm import MDLM, MDLMConfig
+    from diffusion_runtime.models.sdar import SDAR, SDARConfig, SDARMoE, SDARMoEConfig
 
 Family = tuple[type[LanguageModel], type[ModelConfig]]
 
-MODELS: dict[str, Family] = {
-    "Dream": (Dream, DreamConfig),
-    "Fast_dLLM_Qwen": (FastDLLM, FastDLLMConfig),
-    "bd3lm": (BD3LM, BD3LMConfig),
-    "llada": (LLaDA, LLaDAConfig),
-    "llada2_moe": (LLaDA2, LLaDA2Config),
-    "lladamoe": (LLaDAMoE, LLaDAMoEConfig),
-    "mdlm": (MDLM, MDLMConfig),
-    "sdar": (SDAR, SDARConfig),
-    "sdar_moe": (SDARMoE, SDARMoEConfig),
+# a family, or the name of its model's class, which is imported when it is asked for
+MODELS: dict[str, Family | str] = {
+    "Dream": "Dream",
+    "Fast_dLLM_Qwen": "FastDLLM",
+    "bd3lm": "BD3LM",
+    "llada": "LLaDA",
+    "llada2_moe": "LLaDA2",
+    "lladamoe": "LLaDAMoE",
+    "mdlm": "MDLM",
+    "sdar": "SDAR",
+    "sdar_moe": "SDARMoE",
+}
+_FILES = {
+    "BD3LM": "bd3lm",
+    "Dream": "dream",
+    "FastDLLM": "fast_dllm",
+    "LLaDA": "llada",
+    "LLaDA2": "llada2",
+    "LLaDAMoE": "llada_moe",
+    "MDLM": "mdlm",
+    "SDAR": "sdar",
+    "SDARMoE": "sdar",
 }
 
 
@@ -46,7 +62,15 @@ def family_of(config: Mapping[str, Any]) -> Family:
         model_type = "lladamoe"
     if model_type not in MODELS:
         raise ValueError(f"unknown model_type {model_type!r}; known are {', '.join(MODELS)}")
-    return MODELS[model_type]
+    family = MODELS[model_type]
+    return (__getattr__(family), __getattr__(f"{family}Config")) if isinstance(family, str) else family
+
+
+def __getattr__(name: str) -> Any:
+    model = name.removesuffix("Config")
+    if model not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FILES[model]}"), name)
 
 
 __all__ = [
@@ -75,4 +99,5 @@ __all__ = [
     "SDARMoE",
     "SDARMoEConfig",
     "family_of",
+    "wrap",
 ]

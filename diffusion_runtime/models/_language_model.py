@@ -52,8 +52,8 @@ class LanguageModel(nn.Module):
         return None
 
     @property
-    def head(self) -> Head:
-        """The LM head."""
+    def head(self) -> Head | None:
+        """The LM head; None where :meth:`hidden` gives logits."""
         raise NotImplementedError
 
     @property
@@ -72,7 +72,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
         """``[batch, length]`` int64 -> ``[batch, length, vocab]`` in the dtype of the weights; nothing is shifted."""
-        return functional.linear(self.hidden(tokens, context), *self.head)
+        states, head = self.hidden(tokens, context), self.head
+        return states if head is None else functional.linear(states, *head)
 
     def whole_sequences(self) -> AttentionContext:
         """The context of sequences that are seen at once."""

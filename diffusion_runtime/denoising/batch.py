@@ -1,0 +1,219 @@
+"""The requests that are denoised together: what the loop knows of each row, on the device and on the host."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_runtime.decoding import Canvas, Decision
+from diffusion_runtime.denoising.rows import Row
+from diffusion_runtime.ops import TokenSamples, pack_allowed
+
+
+class Batch:
+    """Rows that are denoised together, each at a block and a step of its own.
+
+    Everything that a step reads is on the device and changes there; the host's numbers change between blocks only.
+    """
+
+    def __init__(self, rows: list[Row], tokens: list[Tensor], mask_token_id: int) -> None:
+        self.rows = rows
+        self.mask_token_id = mask_token_id
+        self.tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=mask_token_id)
+        device = self.tokens.device
+        revisable = [torch.zeros(row.length, dtype=torch.bool) for row in rows]
+        for row, mask in zip(rows, revisable, strict=True):
+            if row.request.revisable is not None:
+                mask[: row.prompt_length] = row.request.revisable.cpu()
+        kept = torch.nn.utils.rnn.pad_sequence(revisable, batch_first=True).to(device)
+        self.editable = kept | (self.tokens == mask_token_id)
+        self.confidence = torch.ones(self.tokens.shape, device=device)
+        self.step = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
+        self.num_masked = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        self.num_mask_free = torch.zeros_like(self.num_masked)
+        self.live = torch.ones(len(rows), dtype=torch.bool, device=device)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring to the device what the host knows of the rows; after it changed, and never within a block."""
+        device, rows = self.tokens.device, self.rows
+        blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in rows]
+        self.width = max((block.stop - block.start for block in blocks), default=0)
+
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
+
+        self.lengths = column([row.length for row in rows])
+        self.ragged = len({row.length for row in rows}) > 1
+        self.position = column([block.start for block in blocks]) + torch.arange(self.width, device=device)
+        self.inside = self.position < column([block.stop for block in blocks])
+        self.num_positions = self.inside.sum(1)
+        self.position = self.position.clamp(max=self.tokens.shape[1] - 1)
+        self.seed = column([row.request.signed_seed for row in rows])
+        self.index = column([row.index for row in rows])[:, 0]
+        self.num_steps = column([row.num_steps for row in rows])[:, 0]
+        begins = torch.tensor([row.index == 0 for row in rows], dtype=torch.bool, device=device)
+        self.num_masked = torch.where(begins, self.masked().sum(1), self.num_masked)
+        self.num_mask_free = self.num_mask_free.masked_fill(begins, 0)
+        self.live = (self.live | begins) & torch.tensor(
+            [bool(row.blocks) for row in rows], dtype=torch.bool, device=device
+        )
+        self.settings = Settings.of(rows, device)
+
+    def masked(self) -> Tensor:
+        """``[rows, width]`` bool: undecided positions of the current blocks."""
+        return (self.tokens.gather(1, self.position) == self.mask_token_id) & self.inside
+
+    def canvas(self) -> Canvas:
+        """The current blocks; rows that are done have nothing undecided and nothing editable."""
+        live = self.live[:, None] & self.inside
+        return Canvas(
+            tokens=self.tokens.gather(1, self.position),
+            masked=self.masked() & live,
+            editable=self.editable.gather(1, self.position) & live,
+            position=self.position,
+            seed=self.seed,
+            step=self.step,
+            index=self.index,
+            num_steps=self.num_steps,
+            num_positions=self.num_positions,
+            num_masked=self.num_masked,
+            num_mask_free=self.num_mask_free,
+            confidence=self.confidence.gather(1, self.position),
+        )
+
+    def apply(self, decision: Decision, samples: TokenSamples, canvas: Canvas) -> Tensor:
+        """Change the tokens as a :func:`complete` decision says; returns what took its candidate."""
+        commit_mask, candidates, remask, finished = decision
+        assert candidates is not None
+        assert remask is not None
+        assert finished is not None
+        tokens = torch.where(commit_mask, candidates, canvas.tokens)
+        tokens = tokens.masked_fill(remask, self.mask_token_id)
+        confidence = torch.where(commit_mask, samples.logprob.exp(), canvas.confidence)
+        self.tokens, self.confidence = (
+            _put(whole, part, self.position, self.inside)
+            for whole, part in ((self.tokens, tokens), (self.confidence, confidence))
+        )
+        masked = canvas.masked.any(1)
+        # a row counts the steps in which it had something to decide, or its draws would follow its neighbours
+        self.step = self.step + (masked | (canvas.editable.any(1) & self.settings.revises))[:, None]
+        self.num_mask_free = self.num_mask_free + (self.live & ~masked)
+        self.index = self.index + 1
+        over = self.settings.scheduled & (self.index >= self.num_steps)
+        self.live = self.live & ~(finished & ~self.settings.goes_on) & ~over
+        return commit_mask
+
+    def keep(self, kept: list[int]) -> None:
+        """Only these rows go on."""
+        chosen = torch.tensor(kept, dtype=torch.int64, device=self.tokens.device)
+        self.rows = [self.rows[i] for i in kept]
+        for name in ("tokens", "editable", "confidence", "step", "num_mask_free", "live", "num_masked"):
+            setattr(self, name, getattr(self, name)[chosen])
+        longest = max((row.length for row in self.rows), default=0)
+        for name in ("tokens", "editable", "confidence"):
+            setattr(self, name, getattr(self, name)[:, :longest])
+        self.refresh()
+
+    def join(self, other: Batch) -> None:
+        """The rows of another batch behind these."""
+        self.rows = self.rows + other.rows
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        for name, value in (("tokens", self.mask_token_id), ("editable", False), ("confidence", 1.0)):
+            padded = [
+                torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+                for x in (getattr(self, name), getattr(other, name))
+            ]
+            setattr(self, name, torch.cat(padded))
+        for name in ("step", "num_mask_free", "live", "num_masked"):
+            setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
+        self.refresh()
+
+    def allowed(self, vocab: int) -> Tensor | None:
+        """What each position of the current blocks may draw, packed; None where no row has a rule of its own."""
+        if not any(row.suppress or row.request.min_new_tokens for row in self.rows):
+            return None
+        allowed = torch.ones(len(self.rows), self.width, vocab, dtype=torch.bool)
+        for i, row in enumerate(self.rows):
+            allowed[i, :, [token for token in row.suppress if token < vocab]] = False
+            if row.request.min_new_tokens and row.blocks:
+                first = row.prompt_length + row.request.min_new_tokens - row.blocks[0].start
+                stops = [token for token in row.stop_token_ids if token < vocab]
+                allowed[i, : max(0, first)][:, stops] = False
+        return pack_allowed(allowed).to(self.tokens.device)
+
+
+def decide(rows: list[Row], samples: TokenSamples, canvas: Canvas) -> Decision:
+    """What each row's own policy decides, complete."""
+    policies = list(dict.fromkeys(row.policy for row in rows))
+    decisions = [complete(policy.rule(samples, canvas), samples, canvas) for policy in policies]
+    if len(policies) == 1:
+        return decisions[0]
+    which = torch.tensor([policies.index(row.policy) for row in rows], device=canvas.index.device)
+    chosen = (torch.stack(parts)[which, torch.arange(len(rows))] for parts in zip(*decisions, strict=True))
+    return Decision(*chosen)
+
+
+def complete(decided: Tensor | Decision, samples: TokenSamples, canvas: Canvas) -> Decision:
+    """Every field said, and nothing changed that may not be."""
+    decision = decided if isinstance(decided, Decision) else Decision(decided)
+    commit_mask = decision.commit_mask & canvas.editable
+    remask = torch.zeros_like(commit_mask) if decision.remask is None else decision.remask
+    remask = remask & canvas.editable & ~commit_mask
+    undecided = (canvas.masked & ~commit_mask) | remask
+    return Decision(
+        commit_mask,
+        samples.token if decision.candidates is None else decision.candidates,
+        remask,
+        ~undecided.any(1) if decision.finished is None else decision.finished,
+    )
+
+
+class Settings(NamedTuple):
+    """The rows' settings on the device."""
+
+    temperature: Tensor  # [rows, 1] float32
+    statistics_temperature: Tensor  # [rows, 1] float32
+    top_k: Tensor | None  # [rows, 1] int64
+    top_p: Tensor | None  # [rows, 1] float32
+    min_p: Tensor | None  # [rows, 1] float32
+    revises: Tensor  # [rows] bool
+    scheduled: Tensor  # [rows] bool: the block is over after its steps
+    goes_on: Tensor  # [rows] bool: until then, whatever is undecided
+
+    @classmethod
+    def of(cls, rows: list[Row], device: torch.device) -> Settings:
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        def bools(values: list[bool]) -> Tensor:
+            return torch.tensor(values, dtype=torch.bool, device=device)
+
+        cuts = {}
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            values = [getattr(row, name) for row in rows]
+            said = [neutral if value is None else value for value in values]
+            dtype = torch.int64 if name == "top_k" else torch.float32
+            cuts[name] = (
+                None if said.count(neutral) == len(said) else torch.tensor(said, dtype=dtype, device=device)[:, None]
+            )
+        scaled = [row.policy.confidence == "scaled" and row.temperature > 0 for row in rows]
+        return cls(
+            temperature=floats([row.temperature for row in rows]),
+            statistics_temperature=floats(
+                [row.temperature if own else 1.0 for row, own in zip(rows, scaled, strict=True)]
+            ),
+            **cuts,
+            revises=bools([row.policy.revises for row in rows]),
+            scheduled=bools([row.policy.scheduled for row in rows]),
+            goes_on=bools([row.policy.scheduled and row.policy.remasks for row in rows]),
+        )
+
+
+def _put(whole: Tensor, part: Tensor, position: Tensor, inside: Tensor) -> Tensor:
+    """``whole`` with ``part`` at those positions that are inside of a row's block."""
+    places = torch.where(inside, position, whole.shape[1])
+    wider = torch.nn.functional.pad(whole, (0, 1))
+    return wider.scatter(1, places, part)[:, :-1]

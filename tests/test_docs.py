@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -10,9 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_draws import z_score
 
 from diffusion_runtime import ops
+from diffusion_runtime.decoding import POLICIES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -183,3 +186,40 @@ def test_tables_of_diffusion_gemma():
     # what the text below the first table says
     fits = [max(b for b in range(1, 99) if page.memory_gb(8192, b, ours) <= 80) for ours in (True, False)]
     assert fits == [65, 12]
+
+
+def test_requests_and_a_policy_of_ones_own(capsys):
+    page = functions("decoding.md")
+    assert "need a module that takes a padding mask" in capsys.readouterr().out
+    steps = list(page.denoiser.stream(torch.tensor([[5, 6, 7]]), max_new_tokens=8))
+    places = [step.commit_mask[0].nonzero()[:, 0].tolist() for step in steps]
+    assert places == [[9, 10], [7, 8], [5, 6], [3, 4]]
+    assert page.tokens.shape == (1, 11)
+
+
+def test_the_policies_of_the_page_are_those_there_are():
+    table = (DOCS / "decoding.md").read_text().split("## Policies")[1].split("*Raw*")[0]
+    assert set(re.findall(r"`([a-z0-9_.]+)`", re.sub(r"\| [^|]* \| [^|]* \| [^|]* \|$", "", table, flags=re.M))) == set(
+        POLICIES
+    )
+    for line in table.splitlines():
+        for name in re.findall(r"`([a-z0-9_.]+)`", line.split("|")[1] if "|" in line else ""):
+            assert POLICIES[name].confidence in line
+            assert POLICIES[name].scheduled == ("fixed" in line) or "its own" in line
+
+
+def test_a_family_of_ones_own(monkeypatch, tmp_path):
+    from diffusion_runtime import load, models
+
+    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
+    page = functions("models.md")
+    config = {"model_type": "tiny", "hidden_act": "silu", "hidden_size": 32, "vocab_size": 50, "mask_token_id": 49}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(page.model.state_dict(), tmp_path / "model.safetensors")
+    tokens = torch.tensor([[4, 49, 5]])
+    assert torch.equal(load(tmp_path)(tokens), page.model(tokens))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(ValueError, match="the Tiny config asks for hidden_act='gelu'; only 'silu' is implemented"):
+        load(tmp_path)
+    families = {name for name, _ in re.findall(r"`(\w+)`( with experts)?", (DOCS / "models.md").read_text())}
+    assert set(models.MODELS) <= families | {"tiny"}

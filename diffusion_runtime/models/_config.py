@@ -30,12 +30,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and "None" in str(field.type):
+            declared = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+            if value is None and "None" in declared:
                 continue
-            kind = str(field.type).split(" ")[0]
+            kind = declared.split(" ")[0]
             fits = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")
             if not fits:
-                raise ValueError(f"{field.name} must be {field.type}, got {value!r}")
+                raise ValueError(f"{field.name} must be {declared}, got {value!r}")
             may_be_zero = kind == "bool" or field.name in self.MAY_BE_ZERO
             if not (value > 0 or (value == 0 and may_be_zero)):
                 raise ValueError(f"{field.name} must be positive, got {value!r}")

@@ -11,24 +11,27 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime import ops
+from diffusion_runtime.cache import check_cache
 from diffusion_runtime.decoding import Policy, Rule, UniformDiffusion, as_policy
 from diffusion_runtime.denoising import (
     Batch,
     Defaults,
+    Forward,
     Request,
     Result,
     Step,
     blocks_between,
+    check_prompts,
     decide,
     denoise_noise,
+    last_tokens,
     num_steps_per_block,
     result_of,
     row_of,
     seeds_of,
-    states_of,
     stop_strings,
 )
-from diffusion_runtime.models import LanguageModel, wrap
+from diffusion_runtime.models import LanguageModel, Wrapped, wrap
 
 __all__ = ["Denoiser", "Request", "Result", "Step", "stop_strings", "wrap"]
 
@@ -62,6 +65,11 @@ class Denoiser:
         stop_token_ids: a sequence ends at the first of these, once everything before it is decided.
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
             Uniform diffusion has none.
+        cache: what is not computed again: see :mod:`diffusion_runtime.cache`. None: ``"block"``, which is exact, where
+            the model's attention is causal from block to block, else ``"none"``. With ``"block"`` the keys of prompts
+            and answers stay for later requests and calls that begin with the same tokens.
+        refresh_interval: of ``"prefix"`` and ``"dual"``: after how many steps of a block all keys are computed anew;
+            None: at its first step only.
         backend: of the op that samples, and of ``soft_embedding`` for self-conditioning.
         check_every: after how many steps the loop looks which rows have finished their block, where a policy may
             finish early; on a GPU a look waits for it. It changes no answer. On a CPU the loop always looks.
@@ -85,6 +93,8 @@ class Denoiser:
         suppress: Sequence[int] = (),
         stop_token_ids: Sequence[int] = (),
         mask_token_id: int | None = None,
+        cache: str | None = None,
+        refresh_interval: int | None = None,
         backend: str | None = None,
         check_every: int = 1,
     ) -> None:
@@ -119,7 +129,10 @@ class Denoiser:
             suppress=suppress,
             stop_token_ids=stop_token_ids,
         )
-        self.guidance_scale = guidance_scale
+        cache = cache or ("none" if grid is None else "block")
+        native = not isinstance(self.language_model, Wrapped)
+        check_cache(cache, grid, refresh_interval, has_keys=native)
+        self._forward = Forward(self.language_model, cache, refresh_interval, guidance_scale)
         self.mask_token_id = mask_token_id
         self.backend = backend
         self.check_every = check_every
@@ -138,7 +151,7 @@ class Denoiser:
         Returns:
             ``[batch, length + max_new_tokens]`` int64. Behind a stop token there are only copies of it.
         """
-        return self._last(self.stream(tokens, max_new_tokens=max_new_tokens, seed=seed))
+        return last_tokens(self.stream(tokens, max_new_tokens=max_new_tokens, seed=seed))
 
     def infill(self, tokens: Tensor, *, seed: Tensor | int = 0) -> Tensor:
         """Fill every position that holds the mask token; the others never change. Not in uniform diffusion.
@@ -150,12 +163,12 @@ class Denoiser:
         Returns:
             ``[batch, length]`` int64.
         """
-        return self._last(self.stream(tokens, seed=seed), default=tokens)
+        return last_tokens(self.stream(tokens, seed=seed), default=tokens)
 
     @torch.no_grad()
     def stream(self, tokens: Tensor, *, max_new_tokens: int | None = None, seed: Tensor | int = 0) -> Iterator[Step]:
         """Yield a :class:`Step` after each forward: of :meth:`generate`, or without ``max_new_tokens`` of infill."""
-        self._check(tokens, max_new_tokens)
+        check_prompts(tokens, max_new_tokens, self.mask_token_id)
         seeds = seeds_of(seed, tokens)
         if isinstance(self.policy, UniformDiffusion):
             if max_new_tokens is None:
@@ -175,11 +188,12 @@ class Denoiser:
         while batch.width:
             blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in batch.rows]
             samples, commit_mask = self._step(batch)
-            wide = torch.zeros_like(batch.tokens, dtype=torch.bool)
-            wide.scatter_(1, batch.position, commit_mask)
+            wide = batch.spread(commit_mask)
             self._advance(batch)
             yield Step(index, blocks, batch.tokens, wide, samples)
             index += 1
+        for row, tokens in zip(batch.rows, batch.tokens, strict=True):
+            self._forward.end(row, tokens.tolist())
 
     @torch.no_grad()
     def serve(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Result]:
@@ -213,13 +227,15 @@ class Denoiser:
                 self._advance(batch)
             ended = [i for i, row in enumerate(batch.rows) if not row.blocks]
             for i in ended:
-                yield result_of(batch.rows[i], batch.tokens[i].cpu())
+                tokens = batch.tokens[i].cpu()
+                self._forward.end(batch.rows[i], tokens.tolist())
+                yield result_of(batch.rows[i], tokens)
             if ended:
                 batch.keep([i for i, row in enumerate(batch.rows) if row.blocks])
 
     def _step(self, batch: Batch) -> tuple[ops.TokenSamples, Tensor]:
         canvas = batch.canvas()
-        states = states_of(self.language_model, batch, self.guidance_scale)
+        states = self._forward.states(batch)
         head = self.language_model.head
         vocab = states.shape[-1] if head is None else head.weight.shape[0]
         settings = batch.settings
@@ -274,24 +290,8 @@ class Denoiser:
         for request in requests:
             assert isinstance(request.tokens, Tensor)
             padded = torch.nn.functional.pad(request.tokens, (0, request.max_new_tokens), value=self.mask_token_id)
-            rows.append(row_of(request, self.defaults, (padded == self.mask_token_id).tolist()))
+            row = row_of(request, self.defaults, (padded == self.mask_token_id).tolist())
+            self._forward.begin(row, request.tokens.tolist())
+            rows.append(row)
             tokens.append(padded.to(device))
         return Batch(rows, tokens, self.mask_token_id)
-
-    def _check(self, tokens: Tensor, max_new_tokens: int | None) -> None:
-        if tokens.ndim != 2 or tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be [batch, length] int64, got {tuple(tokens.shape)} {tokens.dtype}")
-        if max_new_tokens is None:
-            return
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        if (tokens == self.mask_token_id).any():
-            raise ValueError(f"the prompt holds the mask token {self.mask_token_id}; infill fills masked positions")
-
-    @staticmethod
-    def _last(steps: Iterator[Step], default: Tensor | None = None) -> Tensor:
-        tokens = None if default is None else default.clone()
-        for step in steps:
-            tokens = step.tokens
-        assert tokens is not None, "generate has at least one masked position"
-        return tokens

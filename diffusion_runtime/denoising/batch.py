@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_runtime.cache import CachedContext
 from diffusion_runtime.decoding import Canvas, Decision
 from diffusion_runtime.denoising.rows import Row
 from diffusion_runtime.ops import TokenSamples, pack_allowed
@@ -34,11 +35,13 @@ class Batch:
         self.num_masked = torch.zeros(len(rows), dtype=torch.int64, device=device)
         self.num_mask_free = torch.zeros_like(self.num_masked)
         self.live = torch.ones(len(rows), dtype=torch.bool, device=device)
+        self.contexts: dict[tuple[int, ...], CachedContext] = {}  # of forwards, as long as the host changes nothing
         self.refresh()
 
     def refresh(self) -> None:
         """Bring to the device what the host knows of the rows; after it changed, and never within a block."""
         device, rows = self.tokens.device, self.rows
+        self.contexts = {}
         blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in rows]
         self.width = max((block.stop - block.start for block in blocks), default=0)
 
@@ -105,6 +108,10 @@ class Batch:
         over = self.settings.scheduled & (self.index >= self.num_steps)
         self.live = self.live & ~(finished & ~self.settings.goes_on) & ~over
         return commit_mask
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """A ``[rows, width]`` mask of the current blocks at its places: ``[rows, length]``."""
+        return _put(torch.zeros_like(self.editable), mask, self.position, self.inside)
 
     def keep(self, kept: list[int]) -> None:
         """Only these rows go on."""

@@ -1,46 +1,182 @@
-"""From the tokens of a batch to the states of its current blocks."""
+"""From the tokens of a batch to the states of its current blocks, with what a cache keeps of the steps before."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffusion_runtime.cache import CachedContext, Pages
 from diffusion_runtime.denoising.batch import Batch
+from diffusion_runtime.denoising.rows import Row
 from diffusion_runtime.models import LanguageModel
 from diffusion_runtime.nn import AttentionContext
 
 
-def states_of(model: LanguageModel, batch: Batch, guidance_scale: float) -> Tensor:
-    """``[rows, width, dim]`` states, or logits where the model has no head, that belong to each position.
+class Span(NamedTuple):
+    """What a forward computes of one row."""
 
-    With ``guidance_scale`` ``w`` they are ``u + (w + 1) (c - u)``, ``u`` those of the sequences whose given tokens are
-    masked. A head is linear, so its logits are the same as if these had been combined, at half the cost.
+    start: int
+    stop: int
+    kept: int | None  # how many keys of the cache it sees; None: it sees what it computes
+    keeps: tuple[int, int] | None  # the positions whose keys the cache takes
+
+
+class Forward:
+    """Runs the model where its current blocks need it.
+
+    Args:
+        model: native, or wrapped.
+        cache: one of :data:`diffusion_runtime.cache.CACHES`.
+        refresh_interval: with ``"prefix"`` and ``"dual"``, after how many steps of a block all keys are computed anew;
+            None: at a block's first step only.
+        guidance_scale: ``w``; the states are then ``u + (w + 1) (c - u)``, ``u`` those of the sequences whose given
+            tokens are masked. A head is linear, so its logits are the same as if these had been combined, at half the
+            cost.
     """
-    stop = batch.tokens.shape[1]
-    if model.block_length is not None:  # what lies behind the current block is not seen
-        stop = max(row.blocks[0].stop for row in batch.rows if row.blocks)
-    tokens, given = batch.tokens[:, :stop], ~batch.editable[:, :stop]
-    lengths = batch.lengths[:, 0].clamp(max=stop) if batch.ragged else None
-    if not guidance_scale:
-        return _of_blocks(model, batch, tokens, lengths)
-    both = torch.cat((tokens, tokens.masked_fill(given, batch.mask_token_id)))
-    if lengths is not None:
-        lengths = torch.cat((lengths, lengths))
-    conditional, unconditional = _of_blocks(model, batch, both, lengths).chunk(2)
-    wide = torch.promote_types(conditional.dtype, torch.float32)
-    mixed = torch.lerp(unconditional.to(wide), conditional.to(wide), guidance_scale + 1)
-    return mixed.to(conditional.dtype)
 
+    def __init__(self, model: LanguageModel, cache: str, refresh_interval: int | None, guidance_scale: float) -> None:
+        self.model = model
+        self.cache = cache
+        self.refresh_interval = refresh_interval
+        self.guidance_scale = guidance_scale
+        self.pages: Pages | None = None
+        if cache != "none":
+            weight = next(model.parameters())
+            self.pages = Pages(
+                *model.key_shape, block_length=model.block_length, dtype=weight.dtype, device=weight.device
+            )
 
-def _of_blocks(model: LanguageModel, batch: Batch, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    whole = model.whole_sequences()
-    context = whole if lengths is None else AttentionContext(whole.mask, lengths)
-    states = model.hidden(tokens, context)
-    blocks = {(row.blocks[0].start, row.blocks[0].stop) if row.blocks else None for row in batch.rows}
-    if len(blocks) == 1 and not model.shifted:
-        return states[:, slice(*blocks.pop())]  # type: ignore[misc]
-    position = batch.position - int(model.shifted)
-    if len(tokens) > len(position):
-        position = torch.cat((position, position))
-    places = position.clamp(0, states.shape[1] - 1)[..., None]
-    return states.gather(1, places.expand(-1, -1, states.shape[-1]))
+    def begin(self, row: Row, tokens: list[int]) -> None:
+        """Room in the cache for a request, and what it holds already of its prompt."""
+        if self.pages is None:
+            return
+        shared: list[int] = []
+        if self.cache == "block" and row.blocks and not self.guidance_scale:  # both branches are computed together
+            first = row.blocks[0].start - int(self.model.shifted)
+            shared = self.pages.find(tokens[: max(0, first)])
+        row.pages = self.pages.reserve(row.length, shared)
+        row.kept = len(shared) * self.pages.page_size
+        if self.guidance_scale:
+            row.guide_pages = self.pages.reserve(row.length)
+
+    def end(self, row: Row, tokens: list[int]) -> None:
+        """Give the room back; what was computed of ``tokens`` may serve later requests that begin with them."""
+        if self.pages is not None:
+            self._publish(row, tokens)
+            self.pages.release(row.pages)
+            self.pages.release(row.guide_pages)
+            row.pages, row.guide_pages = [], []
+
+    def states(self, batch: Batch) -> Tensor:
+        """``[rows, width, dim]`` states, or logits where the model has no head, that belong to each position."""
+        if self.pages is None:
+            return self._mixed(batch, list(range(len(batch.rows))), None)
+        spans = [self._span(row) for row in batch.rows]
+        groups: dict[bool, list[int]] = {}
+        for i, span in enumerate(spans):
+            if span is not None:
+                groups.setdefault(span.keeps is not None and not self._overwrites(span), []).append(i)
+        parts = {which: self._mixed(batch, rows, spans) for which, rows in groups.items()}
+        for row, span in zip(batch.rows, spans, strict=True):
+            if span is not None and span.keeps is not None:
+                row.kept = span.keeps[1]
+                if row.index == 0:  # others may begin with this prompt
+                    self._publish(row, list(row.request.tokens))
+        if len(parts) == 1 and len(groups) == 1 and len(next(iter(groups.values()))) == len(batch.rows):
+            return next(iter(parts.values()))
+        first = next(iter(parts.values()))
+        whole = first.new_zeros(len(batch.rows), *first.shape[1:])
+        for which, rows in groups.items():
+            whole[rows] = parts[which]
+        return whole
+
+    def _publish(self, row: Row, tokens: list[int]) -> None:
+        if self.pages is not None and self.cache == "block" and not self.guidance_scale:
+            self.pages.publish(tokens[: row.kept], row.pages)
+
+    def _overwrites(self, span: Span) -> bool:
+        return self.cache == "dual" and span.kept is not None
+
+    def _span(self, row: Row) -> Span | None:
+        if not row.blocks:
+            return None
+        block = row.blocks[0]
+        start = max(0, block.start - int(self.model.shifted))
+        if self.cache == "block":
+            keeps = (row.kept, start) if row.kept < start else None
+            return Span(min(row.kept, start), block.stop, min(row.kept, start), keeps)
+        if row.index == 0 or (self.refresh_interval is not None and row.index % self.refresh_interval == 0):
+            return Span(0, row.length, None, (0, row.length))
+        if self.cache == "prefix":
+            return Span(start, row.length, start, None)
+        return Span(start, block.stop, row.length, (start, block.stop))
+
+    def _mixed(self, batch: Batch, rows: list[int], spans: list[Span | None] | None) -> Tensor:
+        """States of some rows, both branches combined."""
+        if not self.guidance_scale:
+            return self._of_rows(batch, rows, spans, batch.tokens)
+        hidden = batch.tokens.masked_fill(~batch.editable, batch.mask_token_id)
+        conditional, unconditional = self._of_rows(batch, rows, spans, batch.tokens, hidden).chunk(2)
+        wide = torch.promote_types(conditional.dtype, torch.float32)
+        mixed = torch.lerp(unconditional.to(wide), conditional.to(wide), self.guidance_scale + 1)
+        return mixed.to(conditional.dtype)
+
+    def _of_rows(self, batch: Batch, rows: list[int], spans: list[Span | None] | None, *tokens: Tensor) -> Tensor:
+        shifted = int(self.model.shifted)
+        if spans is None:
+            stop = batch.tokens.shape[1]
+            if self.model.block_length is not None:  # what lies behind the current block is not seen
+                stop = max(row.blocks[0].stop for row in batch.rows if row.blocks)
+            lengths = batch.lengths[:, 0].clamp(max=stop).repeat(len(tokens)) if batch.ragged else None
+            whole = self.model.whole_sequences()
+            context = whole if lengths is None else AttentionContext(whole.mask, lengths)
+            states = self.model.hidden(torch.cat(tokens)[:, :stop] if len(tokens) > 1 else tokens[0][:, :stop], context)
+            blocks = {(row.blocks[0].start, row.blocks[0].stop) if row.blocks else None for row in batch.rows}
+            if len(blocks) == 1 and not shifted:
+                return states[:, slice(*blocks.pop())]  # type: ignore[misc]
+            places = batch.position - shifted
+        else:
+            chosen = [span for span in (spans[i] for i in rows) if span is not None]
+            cached = self._context(batch, rows, chosen, len(tokens))
+            position = cached.positions(tokens[0]).clamp(max=batch.tokens.shape[1] - 1)
+            single = len(rows) == len(batch.rows)
+            parts = [x if single else x[rows] for x in tokens]
+            states = self.model.hidden(torch.cat(parts).gather(1, position), cached)
+            places = (batch.position if single else batch.position[rows]) - shifted
+            places = places - cached.starts[: len(rows), None]
+        places = places.clamp(0, states.shape[1] - 1).repeat(len(tokens), 1)[..., None]
+        return states.gather(1, places.expand(-1, -1, states.shape[-1]))
+
+    def _context(self, batch: Batch, rows: list[int], spans: list[Span], branches: int) -> CachedContext:
+        """The same from step to step of a block, so that nothing is sent to the device."""
+        assert self.pages is not None
+        pages = self.pages
+        contexts = batch.contexts
+        key = (*rows, *(x if isinstance(x, int) else -1 for span in spans for x in span[:3]))
+        if key in contexts:
+            return contexts[key]
+
+        def column(values: list[int]) -> Tensor:
+            return torch.tensor(values * branches, dtype=torch.int64, device=batch.tokens.device)
+
+        kept = None if spans[0].kept is None else column([span.kept or 0 for span in spans])
+        tables = [batch.rows[i].pages for i in rows]
+        if branches > 1:
+            tables = tables + [batch.rows[i].guide_pages for i in rows]
+        keeps = [span.keeps or (0, 0) for span in spans]
+        keeping = any(span.keeps for span in spans)
+        contexts[key] = CachedContext(
+            mask=self.model.whole_sequences().mask,
+            lengths=column([span.stop - span.start for span in spans]),
+            pages=pages,
+            table=pages.table(tables),
+            starts=column([span.start for span in spans]),
+            kept=kept,
+            overwrites=self._overwrites(spans[0]),
+            keep_from=column([first for first, _ in keeps]) if keeping else None,
+            keep_to=column([last for _, last in keeps]) if keeping else None,
+            width=max(span.stop - span.start for span in spans),
+        )
+        return contexts[key]

@@ -129,5 +129,21 @@ def seeds_of(seed: Tensor | int, tokens: Tensor) -> Tensor:
     return seed
 
 
+def check_prompts(tokens: Tensor, max_new_tokens: int | None, mask_token_id: int) -> None:
+    """Prompts of one length, and without masks where something is put behind them.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if tokens.ndim != 2 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be [batch, length] int64, got {tuple(tokens.shape)} {tokens.dtype}")
+    if max_new_tokens is None:
+        return
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if (tokens == mask_token_id).any():
+        raise ValueError(f"the prompt holds the mask token {mask_token_id}; infill fills masked positions")
+
+
 def _signed(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed

@@ -56,6 +56,9 @@ class Row:
     num_forwards: int = 0
     index: int = 0  # steps taken in the current block
     num_new_tokens: int | None = None  # where the answer stopped by itself
+    pages: list[int] = field(default_factory=list)  # of the cache
+    guide_pages: list[int] = field(default_factory=list)  # those of the branch without what is given
+    kept: int = 0  # positions whose keys the cache has
     num_steps: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,3 +32,12 @@ class Step:
                 for row, block in zip(mask, self.blocks, strict=True)
             ]
         )
+
+
+def last_tokens(steps: Iterator[Step], default: Tensor | None = None) -> Tensor:
+    """What the steps come to: the tokens after the last, or a copy of ``default`` where there are none."""
+    tokens = None if default is None else default.clone()
+    for step in steps:
+        tokens = step.tokens
+    assert tokens is not None, "generate has at least one masked position"
+    return tokens

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_runtime.models._config import ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
-from diffusion_runtime.models.wrapped import wrap
+from diffusion_runtime.models.wrapped import Wrapped, wrap
 
 if TYPE_CHECKING:
     from diffusion_runtime.models.bd3lm import BD3LM, BD3LMConfig
@@ -98,6 +98,7 @@ __all__ = [
     "SDARConfig",
     "SDARMoE",
     "SDARMoEConfig",
+    "Wrapped",
     "family_of",
     "wrap",
 ]

@@ -186,6 +186,19 @@ def test_what_prefix_and_dual_compute(kind, lengths, model_of, monkeypatch):
     assert [length for _, length in counted.forwards] == lengths
 
 
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_a_row_that_fills_its_pages_beside_a_longer_one(kind, model_of):
+    denoiser = Denoiser(model_of("LLaDA"), policy="threshold", block_length=8, cache=kind)
+    requests = [
+        Request(torch.randint(0, MASK, (length - 16,)), max_new_tokens=16, seed=length, temperature=0.7)
+        for length in (64, 75, 128)
+    ]
+    together = {result.request: result.tokens.tolist() for result in denoiser.serve(requests)}
+    for request in requests:
+        (alone,) = denoiser.serve([request])
+        assert together[request] == alone.tokens.tolist()
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300)), max_size=30), st.integers(0, 10))
 def test_pages_are_never_two_sequences_at_once(requests, seed):
     """Random prompts that share beginnings come and go; what is published reads as it was written."""

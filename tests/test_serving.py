@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from families import FAMILIES, MASK, VOCAB, random_weights, write_checkpoint
 
 from diffusion_runtime import Denoiser, Request, load, wrap
-from diffusion_runtime.decoding import POLICIES, Policy, joint_threshold, remask
+from diffusion_runtime.decoding import POLICIES
 from diffusion_runtime.denoiser import stop_strings
 from diffusion_runtime.models import LanguageModel
 
@@ -182,38 +181,6 @@ def test_suppressed_tokens_are_never_drawn(temperature, model_of):
     denoiser = Denoiser(model_of("LLaDA"), temperature=temperature, suppress=suppress)
     answer = denoiser.generate(torch.tensor([[1, 2], [3, 4]]), max_new_tokens=6, seed=torch.tensor([1, 2]))[:, 2:]
     assert set(answer.flatten().tolist()) <= set(allowed)
-
-
-def test_a_draft_is_revised_where_it_may_be(model_of):
-    model = model_of("LLaDA2")
-    tokens = torch.randint(0, MASK, (20,), generator=torch.Generator().manual_seed(1))
-    revisable = torch.arange(20) % 2 == 1
-    rule = partial(joint_threshold, threshold=0.5, edit_threshold=0.0)
-    denoiser = Denoiser(model, policy=Policy(rule, scheduled=False, revises=True))
-    (result,) = denoiser.serve([Request(tokens, revisable=revisable)])
-    changed = result.tokens != tokens
-    assert changed.any()
-    assert not changed[~revisable].any()
-    assert result.num_forwards <= 16
-    (untouched,) = denoiser.serve([Request(tokens)])
-    assert torch.equal(untouched.tokens, tokens)
-    assert untouched.num_forwards == 0
-
-
-@pytest.mark.parametrize("kind", ["cap", "rescale", "conf", "loop"])
-def test_remasking_never_touches_what_was_given(kind, model_of):
-    tokens = torch.tensor([[4, MASK, 8, MASK, MASK, 1, MASK, MASK]])
-    policy = Policy(partial(remask, kind=kind, eta=0.11), confidence="scaled", remasks=True)
-    denoiser = Denoiser(model_of("MDLM"), policy=policy, num_steps=40, temperature=1.0)
-    steps = list(denoiser.stream(tokens, seed=5))
-    given = tokens != MASK
-    assert len(steps) == 40
-    again = 0
-    for before, step in itertools.pairwise(steps):
-        assert torch.equal(step.tokens[given], tokens[given])
-        again += int(((before.tokens != MASK) & (step.tokens == MASK)).sum())
-    assert again > 0
-    assert not (steps[-1].tokens == MASK).any()
 
 
 def test_a_wrapped_module_with_a_head_or_logits(model_of):

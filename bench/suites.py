@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import attention_suites, diffusion_gemma_suite, norm_suites
+from bench import attention_suites, diffusion_gemma_suite, generate_suite, norm_suites
 from bench.check import SEED, WrongAnswerError
 from bench.comparison import Comparison
 from bench.peers import READS
@@ -156,6 +156,7 @@ SUITES: dict[str, Suite] = {
     "norm": norm_suites.norm,
     "rope": norm_suites.rope,
     "diffusion_gemma": diffusion_gemma_suite.diffusion_gemma,
+    "generate": generate_suite.generate,
 }
 
 

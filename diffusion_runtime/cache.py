@@ -54,6 +54,12 @@ def check_cache(cache: str, block_length: int | None, refresh_interval: int | No
         )
 
 
+def page_size_of(block_length: int | None) -> int:
+    """Positions of a page: a whole number of blocks."""
+    block = block_length or 1
+    return -(-_LEAST_PAGE // block) * block
+
+
 class Pages:
     """A pool of pages for the keys and values of all layers, and which sequences use them.
 
@@ -76,29 +82,41 @@ class Pages:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        block = block_length or 1
-        self.page_size = -(-_LEAST_PAGE // block) * block
-        # page 0 takes what nobody reads: the keys of padding
-        shape = (num_layers, 2, 1, kv_heads, self.page_size, head_dim)
+        self.page_size = page_size_of(block_length)
+        # [layers, keys and values, pages, positions, heads, head_dim]; page 0 takes what nobody reads, keys of padding
+        shape = (num_layers, 2, 1, self.page_size, kv_heads, head_dim)
         self.pool = torch.zeros(shape, dtype=dtype, device=device)
         self._free: list[int] = []
         self._users: dict[int, int] = {}
         self._published: OrderedDict[bytes, int] = OrderedDict()  # the oldest first
         self._key_of: dict[int, bytes] = {}
 
-    def reserve(self, length: int, shared: Sequence[int] = ()) -> list[int]:
-        """Pages for so many positions, the first of which are already there."""
-        for page in shared:
-            self._users[page] = self._users.get(page, 0) + 1
-        missing = -(-length // self.page_size) - len(shared)
-        while len(self._free) < missing and self._forget_one():
-            pass
-        if len(self._free) < missing:
-            self._grow(missing - len(self._free))
-        pages = [self._free.pop() for _ in range(missing)]
+    def hold(self, pages: Sequence[int]) -> None:
+        """One more sequence uses these."""
         for page in pages:
-            self._users[page] = 1
-        return [*shared, *pages]
+            self._users[page] = self._users.get(page, 0) + 1
+
+    def pages_of(self, length: int) -> int:
+        """How many pages so many positions take."""
+        return -(-length // self.page_size)
+
+    def make_room(self, count: int) -> None:
+        """See to it that so many pages are free: forget what nobody uses, then enlarge the pool, in one go."""
+        while len(self._free) < count and self._forget_one():
+            pass
+        missing, held = count - len(self._free), self.pool.shape[2]
+        if missing > 0:
+            larger = self.pool.new_zeros(*self.pool.shape[:2], held + missing, *self.pool.shape[3:])
+            larger[:, :, :held] = self.pool
+            self.pool = larger
+            self._free.extend(range(held, held + missing))
+
+    def take(self, count: int) -> list[int]:
+        """So many free pages, for one sequence."""
+        self.make_room(count)
+        pages = [self._free.pop() for _ in range(count)]
+        self.hold(pages)
+        return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """A sequence is done with its pages. What is published stays until its place is needed."""
@@ -148,13 +166,6 @@ class Pages:
                 return True
         return False
 
-    def _grow(self, count: int) -> None:
-        held = self.pool.shape[2]
-        larger = self.pool.new_zeros(*self.pool.shape[:2], held + count, *self.pool.shape[3:])
-        larger[:, :, :held] = self.pool
-        self.pool = larger
-        self._free.extend(range(held, held + count))
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CachedContext(AttentionContext):
@@ -187,7 +198,7 @@ class CachedContext(AttentionContext):
         size = self.pages.page_size
         number = (position // size).clamp(max=self.table.shape[1] - 1)
         page = self.table.long().gather(1, number).where(written, 0)
-        object.__setattr__(self, "_places", (page, position % size))
+        object.__setattr__(self, "_places", (page * size + position % size).flatten())
 
     def positions(self, tokens: Tensor) -> Tensor:
         del tokens
@@ -197,12 +208,11 @@ class CachedContext(AttentionContext):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pool = self.pages.pool[layer]
         if self.keep_from is not None:
-            page, offset = self._places  # type: ignore[attr-defined]
             for kept, new in zip(pool, (key, value), strict=True):
-                kept[page, :, offset] = new.transpose(1, 2)
+                kept.flatten(0, 1).index_copy_(0, self._places, new.transpose(1, 2).flatten(0, 1))  # type: ignore[attr-defined]
         if self.kept is None:
             return ops.attention(query, key, value, mask=self.mask, lengths=self.lengths)
-        prefix = ops.PagedPrefix(pool, self.table, self.kept)
+        prefix = ops.PagedPrefix(pool.transpose(2, 3), self.table, self.kept)
         if self.overwrites:
             return ops.attention(query, key[:, :, :0], value[:, :, :0], prefix=prefix)
         return ops.attention(query, key, value, prefix=prefix, mask=self.mask, lengths=self.lengths)

@@ -53,6 +53,7 @@ class Denoiser:
             masked positions takes none of its share. None: as many as a block has positions. A policy without a
             schedule takes None only. In uniform diffusion, which may stop early, the most forwards; None: what the
             policy says, for each block.
+        steps_per_block: the same for one block, instead.
         block_length: blocks are decided one after the other, from the left. None: that of the model's attention, or
             everything is one block. The last block may be shorter. Where the model's attention is causal from block to
             block, blocks lie on its grid, which begins at the first token; else they begin behind the prompt.
@@ -84,6 +85,7 @@ class Denoiser:
         *,
         policy: str | Policy | UniformDiffusion | Rule = "low_confidence",
         num_steps: int | None = None,
+        steps_per_block: int | None = None,
         block_length: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -120,6 +122,7 @@ class Denoiser:
         self.defaults = Defaults(
             policy=self.policy,
             num_steps=num_steps,
+            steps_per_block=steps_per_block,
             block_length=block_length or grid,
             absolute=grid is not None,
             temperature=temperature,
@@ -176,7 +179,7 @@ class Denoiser:
             blocks = blocks_between(
                 tokens.shape[1], tokens.shape[1] + max_new_tokens, self.defaults.block_length, absolute=False
             )
-            num_steps = num_steps_per_block(self.defaults.num_steps, len(blocks))
+            num_steps = self.defaults.steps_per_block or num_steps_per_block(self.defaults.num_steps, len(blocks))
             for done in denoise_noise(self.model, self.policy, tokens, blocks, num_steps, seeds, self.backend):
                 yield Step(*done)
             return
@@ -259,7 +262,7 @@ class Denoiser:
             samples = ops.sample_tokens(states, **arguments)
         else:
             samples = ops.sample_from_hidden(states, head.weight, bias=head.bias, **arguments)
-        commit_mask = batch.apply(decide(batch.rows, samples, canvas), samples, canvas)
+        commit_mask = batch.apply(decide(batch, samples, canvas), samples, canvas)
         for row in batch.rows:
             row.index += 1
             row.num_forwards += bool(row.blocks)
@@ -290,8 +293,7 @@ class Denoiser:
         for request in requests:
             assert isinstance(request.tokens, Tensor)
             padded = torch.nn.functional.pad(request.tokens, (0, request.max_new_tokens), value=self.mask_token_id)
-            row = row_of(request, self.defaults, (padded == self.mask_token_id).tolist())
-            self._forward.begin(row, request.tokens.tolist())
-            rows.append(row)
+            rows.append(row_of(request, self.defaults, (padded == self.mask_token_id).tolist()))
             tokens.append(padded.to(device))
+        self._forward.begin(rows)
         return Batch(rows, tokens, self.mask_token_id)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import CONFIG
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench import attention_suites, diffusion_gemma_suite, growth, norm_suites, suites
+from bench import attention_suites, diffusion_gemma_suite, generate_suite, growth, norm_suites, suites
 from bench.__main__ import main
 from bench.comparison import Result, markdown
 from bench.growth import Point, fit
@@ -34,6 +35,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     text = tiny | few | {"vocab_size": 99, "num_hidden_layers": 2, "num_experts": 2, "top_k_experts": 1}
     size = diffusion_gemma_suite.Size("tiny", text, prompts=((2, 5),), canvas=4, static_up_to=9)
     monkeypatch.setattr(diffusion_gemma_suite, "SIZES", {"cpu": (size,)})
+    answers = ((2, 6, 8, 4, 4),)
+    monkeypatch.setattr(generate_suite, "SIZES", {"cpu": generate_suite.Size("tiny", CONFIG, answers)})
     # compiling takes longer than all of this
     monkeypatch.setattr(attention_suites, "_flex", lambda: lambda q, k, v, **_: sdpa(q, k, v, enable_gqa=True))
     monkeypatch.setattr(growth, "ROWS", (1, 3))

@@ -208,16 +208,17 @@ def test_pages_are_never_two_sequences_at_once(requests, seed):
     for kind, length in requests:
         tokens = [kind] * (length // 2) + [rng.randrange(2)] * (length - length // 2)
         shared = pages.find(tokens)
-        held = pages.reserve(length, shared)
+        pages.hold(shared)
+        held = [*shared, *pages.take(pages.pages_of(length) - len(shared))]
         assert len(set(held)) == len(held) == -(-length // 64)
         for number in range(len(shared)):  # every token up to there is as it was
-            assert pages.pool[0, 0, held[number], 0, :, 0].tolist() == tokens[number * 64 : (number + 1) * 64]
+            assert pages.pool[0, 0, held[number], :, 0, 0].tolist() == tokens[number * 64 : (number + 1) * 64]
         private = set(held[len(shared) :])
         assert 0 not in private
         assert not any(private & set(others) for _, others, _ in live)
         for number in range(len(shared), len(held)):
             part = tokens[number * 64 : (number + 1) * 64]
-            pages.pool[0, 0, held[number], 0, : len(part), 0] = torch.tensor(part, dtype=torch.float32)
+            pages.pool[0, 0, held[number], : len(part), 0, 0] = torch.tensor(part, dtype=torch.float32)
         live.append((tokens, held, length))
         if rng.random() < 0.6:
             gone, held, _ = live.pop(rng.randrange(len(live)))

@@ -73,6 +73,18 @@ def test_commits_what_the_published_loop_commits(policy, block_length, num_steps
             assert step.tokens[0].tolist() == tokens.tolist()
 
 
+def test_steps_per_block_are_those_of_every_block():
+    model, prompt = random_llada(), torch.randint(0, MASK, (1, 7))
+    shared, each = (
+        list(Denoiser(model, block_length=4, **steps).stream(prompt, max_new_tokens=12))
+        for steps in ({"num_steps": 6}, {"steps_per_block": 2})
+    )
+    assert len(shared) == len(each) == 6
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(shared, each, strict=True))
+    with pytest.raises(ValueError, match="num_steps and steps_per_block say the same: give one, got 6 and 2"):
+        Denoiser(model, num_steps=6, steps_per_block=2)
+
+
 def test_random_commits_what_its_keys_say():
     model, prompt = random_llada(), torch.randint(0, MASK, (1, 4))
     steps = list(Denoiser(model, policy="random", num_steps=3).stream(prompt, max_new_tokens=7, seed=5))

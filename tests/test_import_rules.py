@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "denoiser": BELOW_DENOISER,
     "integrations": {"denoiser", *BELOW_DENOISER},
     "denoising": {"decoding", "cache", "models", "nn", "ops"},
+    "memory": {"cache", "models"},
     "decoding": {"ops"},
     "cache": {"nn", "ops"},
     "models": {"nn", "ops"},

@@ -35,13 +35,16 @@ class Batch:
         self.num_masked = torch.zeros(len(rows), dtype=torch.int64, device=device)
         self.num_mask_free = torch.zeros_like(self.num_masked)
         self.live = torch.ones(len(rows), dtype=torch.bool, device=device)
-        self.contexts: dict[tuple[int, ...], CachedContext] = {}  # of forwards, as long as the host changes nothing
+        # what was made on the host for a step, and holds until it changes something
+        self.contexts: dict[tuple[int, ...], CachedContext] = {}
+        self.indices: dict[tuple[int, ...], Tensor] = {}
+        self.words: Tensor | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Bring to the device what the host knows of the rows; after it changed, and never within a block."""
         device, rows = self.tokens.device, self.rows
-        self.contexts = {}
+        self.contexts, self.indices, self.words = {}, {}, None
         blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in rows]
         self.width = max((block.stop - block.start for block in blocks), default=0)
 
@@ -140,8 +143,8 @@ class Batch:
 
     def allowed(self, vocab: int) -> Tensor | None:
         """What each position of the current blocks may draw, packed; None where no row has a rule of its own."""
-        if not any(row.suppress or row.request.min_new_tokens for row in self.rows):
-            return None
+        if self.words is not None or not any(row.suppress or row.request.min_new_tokens for row in self.rows):
+            return self.words
         allowed = torch.ones(len(self.rows), self.width, vocab, dtype=torch.bool)
         for i, row in enumerate(self.rows):
             allowed[i, :, [token for token in row.suppress if token < vocab]] = False
@@ -149,17 +152,28 @@ class Batch:
                 first = row.prompt_length + row.request.min_new_tokens - row.blocks[0].start
                 stops = [token for token in row.stop_token_ids if token < vocab]
                 allowed[i, : max(0, first)][:, stops] = False
-        return pack_allowed(allowed).to(self.tokens.device)
+        self.words = pack_allowed(allowed).to(self.tokens.device)
+        return self.words
+
+    def index_of(self, numbers: list[int]) -> Tensor:
+        """These numbers on the device."""
+        key = tuple(numbers)
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(numbers, dtype=torch.int64, device=self.tokens.device)
+        return self.indices[key]
 
 
-def decide(rows: list[Row], samples: TokenSamples, canvas: Canvas) -> Decision:
+def decide(batch: Batch, samples: TokenSamples, canvas: Canvas) -> Decision:
     """What each row's own policy decides, complete."""
+    rows = batch.rows
     policies = list(dict.fromkeys(row.policy for row in rows))
     decisions = [complete(policy.rule(samples, canvas), samples, canvas) for policy in policies]
     if len(policies) == 1:
         return decisions[0]
-    which = torch.tensor([policies.index(row.policy) for row in rows], device=canvas.index.device)
-    chosen = (torch.stack(parts)[which, torch.arange(len(rows))] for parts in zip(*decisions, strict=True))
+    which = batch.index_of([policies.index(row.policy) for row in rows])
+    chosen = (
+        torch.stack(parts)[which, batch.index_of(list(range(len(rows))))] for parts in zip(*decisions, strict=True)
+    )
     return Decision(*chosen)
 
 

@@ -48,18 +48,22 @@ class Forward:
                 *model.key_shape, block_length=model.block_length, dtype=weight.dtype, device=weight.device
             )
 
-    def begin(self, row: Row, tokens: list[int]) -> None:
-        """Room in the cache for a request, and what it holds already of its prompt."""
+    def begin(self, rows: list[Row]) -> None:
+        """Room in the cache for new rows, and what it holds already of their prompts."""
         if self.pages is None:
             return
-        shared: list[int] = []
-        if self.cache == "block" and row.blocks and not self.guidance_scale:  # both branches are computed together
-            first = row.blocks[0].start - int(self.model.shifted)
-            shared = self.pages.find(tokens[: max(0, first)])
-        row.pages = self.pages.reserve(row.length, shared)
-        row.kept = len(shared) * self.pages.page_size
-        if self.guidance_scale:
-            row.guide_pages = self.pages.reserve(row.length)
+        pages = self.pages
+        for row in rows:
+            if self.cache == "block" and row.blocks and not self.guidance_scale:  # both branches are computed together
+                first = row.blocks[0].start - int(self.model.shifted)
+                row.pages = pages.find(row.prompt[: max(0, first)])
+                row.kept = len(row.pages) * pages.page_size
+                pages.hold(row.pages)
+        missing = [pages.pages_of(row.length) - len(row.pages) for row in rows]
+        pages.make_room(sum(missing) * (2 if self.guidance_scale else 1))
+        for row, count in zip(rows, missing, strict=True):
+            row.pages = [*row.pages, *pages.take(count)]
+            row.guide_pages = pages.take(count) if self.guidance_scale else []
 
     def end(self, row: Row, tokens: list[int]) -> None:
         """Give the room back; what was computed of ``tokens`` may serve later requests that begin with them."""
@@ -83,13 +87,13 @@ class Forward:
             if span is not None and span.keeps is not None:
                 row.kept = span.keeps[1]
                 if row.index == 0:  # others may begin with this prompt
-                    self._publish(row, list(row.request.tokens))
+                    self._publish(row, row.prompt)
         if len(parts) == 1 and len(groups) == 1 and len(next(iter(groups.values()))) == len(batch.rows):
             return next(iter(parts.values()))
         first = next(iter(parts.values()))
         whole = first.new_zeros(len(batch.rows), *first.shape[1:])
         for which, rows in groups.items():
-            whole[rows] = parts[which]
+            whole[batch.index_of(rows)] = parts[which]
         return whole
 
     def _publish(self, row: Row, tokens: list[int]) -> None:
@@ -124,29 +128,37 @@ class Forward:
         return mixed.to(conditional.dtype)
 
     def _of_rows(self, batch: Batch, rows: list[int], spans: list[Span | None] | None, *tokens: Tensor) -> Tensor:
-        shifted = int(self.model.shifted)
+        """Of each branch, whose tokens are given, one after the other."""
         if spans is None:
-            stop = batch.tokens.shape[1]
-            if self.model.block_length is not None:  # what lies behind the current block is not seen
-                stop = max(row.blocks[0].stop for row in batch.rows if row.blocks)
-            lengths = batch.lengths[:, 0].clamp(max=stop).repeat(len(tokens)) if batch.ragged else None
-            whole = self.model.whole_sequences()
-            context = whole if lengths is None else AttentionContext(whole.mask, lengths)
-            states = self.model.hidden(torch.cat(tokens)[:, :stop] if len(tokens) > 1 else tokens[0][:, :stop], context)
-            blocks = {(row.blocks[0].start, row.blocks[0].stop) if row.blocks else None for row in batch.rows}
-            if len(blocks) == 1 and not shifted:
-                return states[:, slice(*blocks.pop())]  # type: ignore[misc]
-            places = batch.position - shifted
-        else:
-            chosen = [span for span in (spans[i] for i in rows) if span is not None]
-            cached = self._context(batch, rows, chosen, len(tokens))
-            position = cached.positions(tokens[0]).clamp(max=batch.tokens.shape[1] - 1)
-            single = len(rows) == len(batch.rows)
-            parts = [x if single else x[rows] for x in tokens]
-            states = self.model.hidden(torch.cat(parts).gather(1, position), cached)
-            places = (batch.position if single else batch.position[rows]) - shifted
-            places = places - cached.starts[: len(rows), None]
-        places = places.clamp(0, states.shape[1] - 1).repeat(len(tokens), 1)[..., None]
+            return self._uncached(batch, *tokens)
+        chosen = [span for span in (spans[i] for i in rows) if span is not None]
+        context = self._context(batch, rows, chosen, len(tokens))
+        positions, index = batch.position, None if len(rows) == len(batch.rows) else batch.index_of(rows)
+        if index is not None:
+            tokens, positions = tuple(x[index] for x in tokens), positions[index]
+        computed = context.positions(tokens[0]).clamp(max=batch.tokens.shape[1] - 1)
+        states = self.model.hidden(torch.cat(tokens).gather(1, computed), context)
+        return self._at(states, positions - context.starts[: len(rows), None])
+
+    def _uncached(self, batch: Batch, *tokens: Tensor) -> Tensor:
+        stop = batch.tokens.shape[1]
+        if self.model.block_length is not None:  # what lies behind the current block is not seen
+            stop = max(row.blocks[0].stop for row in batch.rows if row.blocks)
+        context = self.model.whole_sequences()
+        if batch.ragged:
+            lengths = batch.lengths[:, 0].clamp(max=stop).repeat(len(tokens))
+            context = AttentionContext(context.mask, lengths)
+        states = self.model.hidden(torch.cat([x[:, :stop] for x in tokens]), context)
+        blocks = {(row.blocks[0].start, row.blocks[0].stop) if row.blocks else None for row in batch.rows}
+        block = blocks.pop()
+        if block is None or blocks or self.model.shifted:
+            return self._at(states, batch.position)
+        return states[:, slice(*block)]  # a view
+
+    def _at(self, states: Tensor, positions: Tensor) -> Tensor:
+        """The states that belong to these positions; each branch has the same."""
+        places = (positions - int(self.model.shifted)).clamp(0, states.shape[1] - 1)
+        places = places.repeat(len(states) // len(places), 1)[..., None]
         return states.gather(1, places.expand(-1, -1, states.shape[-1]))
 
     def _context(self, batch: Batch, rows: list[int], spans: list[Span], branches: int) -> CachedContext:

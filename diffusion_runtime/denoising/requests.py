@@ -24,7 +24,7 @@ class Request:
         min_new_tokens: before so many of them no stop token is drawn.
         revisable: ``[length]`` bool: decided positions of ``tokens`` that a policy which revises may change: a draft.
         seed: of this request's draws, at most 64 bits.
-        policy, num_steps, temperature, top_k, top_p, min_p, suppress, stop_token_ids: see
+        policy, num_steps, steps_per_block, temperature, top_k, top_p, min_p, suppress, stop_token_ids: see
             :class:`~diffusion_runtime.Denoiser`.
         stop: called after each block with the new tokens that are decided so far, from the left without a gap; returns
             how many of them to keep if that is the end, else None. See :func:`stop_strings`.
@@ -38,6 +38,7 @@ class Request:
     seed: int = 0
     policy: str | Policy | None = None
     num_steps: int | None = None
+    steps_per_block: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -61,8 +62,9 @@ class Request:
             )
         if len(tokens) + self.max_new_tokens == 0:
             raise ValueError("there is nothing in tokens, and max_new_tokens is 0")
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1 or None, got {self.num_steps}")
+        for name in ("num_steps", "steps_per_block"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if self.revisable is not None and (self.revisable.dtype != torch.bool or self.revisable.shape != tokens.shape):

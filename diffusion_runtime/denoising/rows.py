@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusion_runtime.decoding import Policy, UniformDiffusion, as_policy
@@ -19,6 +20,7 @@ class Defaults:
 
     policy: Policy | UniformDiffusion
     num_steps: int | None
+    steps_per_block: int | None
     block_length: int | None
     absolute: bool  # blocks lie on the grid that begins at the first token
     temperature: float
@@ -29,13 +31,13 @@ class Defaults:
     stop_token_ids: Sequence[int]
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "block_length"):
+        for name in ("num_steps", "steps_per_block", "block_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
         if isinstance(self.policy, Policy):
-            check_num_steps(self.num_steps, self.policy)
+            check_num_steps(self.num_steps, self.steps_per_block, self.policy)
 
 
 @dataclass(eq=False)
@@ -89,6 +91,12 @@ class Row:
         return self.steps_per_block or self.blocks[0].stop - self.blocks[0].start
 
     @property
+    def prompt(self) -> list[int]:
+        """The tokens of the request."""
+        tokens: list[int] = torch.as_tensor(self.request.tokens).tolist()
+        return tokens
+
+    @property
     def prompt_length(self) -> int:
         """Where the new tokens begin."""
         return self.length - self.request.max_new_tokens
@@ -108,8 +116,10 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
     policy = defaults.policy if request.policy is None else as_policy(request.policy)
     if not isinstance(policy, Policy):
         raise ValueError("a request cannot have uniform diffusion as its policy")
-    num_steps = own("num_steps") if policy.scheduled else request.num_steps
-    check_num_steps(num_steps, policy)
+    num_steps, per_block = request.num_steps, request.steps_per_block
+    if policy.scheduled and num_steps is None and per_block is None:
+        num_steps, per_block = defaults.num_steps, defaults.steps_per_block
+    check_num_steps(num_steps, per_block, policy)
     changing = list(masked)
     prompt_length = len(masked) - request.max_new_tokens
     if policy.revises and request.revisable is not None:
@@ -122,7 +132,7 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
         policy=policy,
         length=len(masked),
         blocks=[block for block in blocks if any(changing[block])],
-        steps_per_block=num_steps_per_block(num_steps, len(blocks)),
+        steps_per_block=per_block or num_steps_per_block(num_steps, len(blocks)),
         temperature=own("temperature"),
         top_k=own("top_k"),
         top_p=own("top_p"),
@@ -132,10 +142,13 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
     )
 
 
-def check_num_steps(num_steps: int | None, policy: Policy) -> None:
-    """Only a schedule has a number of steps."""
-    if num_steps is not None and not policy.scheduled:
-        raise ValueError(f"the policy decides itself when it is done: num_steps must be None, got {num_steps}")
+def check_num_steps(num_steps: int | None, steps_per_block: int | None, policy: Policy) -> None:
+    """Only a schedule has a number of steps, and it is said once."""
+    if num_steps is not None and steps_per_block is not None:
+        raise ValueError(f"num_steps and steps_per_block say the same: give one, got {num_steps} and {steps_per_block}")
+    for name, value in (("num_steps", num_steps), ("steps_per_block", steps_per_block)):
+        if value is not None and not policy.scheduled:
+            raise ValueError(f"the policy decides itself when it is done: {name} must be None, got {value}")
 
 
 def result_of(row: Row, tokens: Tensor) -> Result:

@@ -1,0 +1,58 @@
+"""Within a block the host neither waits for the device nor sends it anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import random_llada
+from torch import Tensor
+
+from diffusion_runtime import Denoiser, Request
+from diffusion_runtime.denoising import Batch
+
+CACHES = ["none", "prefix", "dual"]
+
+
+def begun(cache: str, device: torch.device) -> tuple[Denoiser, Batch]:
+    """A batch of two requests with settings of all kinds, in the middle of a block."""
+    model = random_llada().to(device)
+    denoiser = Denoiser(model, num_steps=8, block_length=8, temperature=0.7, cache=cache, check_every=1000)
+    requests = [
+        Request([1, 2, 3], max_new_tokens=8, seed=1, top_k=20, suppress=[4]),
+        Request([1, 2, 3, 4, 5], max_new_tokens=8, seed=2, policy="entropy", min_new_tokens=2, stop_token_ids=[3]),
+    ]
+    batch = denoiser._batch(requests, device)
+    for _ in range(3):
+        denoiser._step(batch)
+        denoiser._advance(batch)
+    return denoiser, batch
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_step_makes_no_tensor_of_what_the_host_knows(cache, monkeypatch):
+    denoiser, batch = begun(cache, torch.device("cpu"))
+    before = batch.tokens.clone()
+
+    def refuse(*_, **__):
+        raise AssertionError("a step must not do this")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refuse)
+    monkeypatch.setattr(Tensor, "tolist", refuse)
+    denoiser._step(batch)
+    monkeypatch.undo()
+    assert (before != batch.tokens).sum() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_step_waits_for_nothing(cache):
+    denoiser, batch = begun(cache, torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            denoiser._step(batch)
+            denoiser._advance(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (batch.tokens == denoiser.mask_token_id).sum() > 0

@@ -188,15 +188,16 @@ class Denoiser:
         ]
         batch = self._batch(requests, tokens.device)
         index = 0
-        while batch.width:
-            blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in batch.rows]
-            samples, commit_mask = self._step(batch)
-            wide = batch.spread(commit_mask)
-            self._advance(batch)
-            yield Step(index, blocks, batch.tokens, wide, samples)
-            index += 1
-        for row, tokens in zip(batch.rows, batch.tokens, strict=True):
-            self._forward.end(row, tokens.tolist())
+        try:
+            while batch.width:
+                blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in batch.rows]
+                samples, commit_mask = self._step(batch)
+                wide = batch.spread(commit_mask)
+                self._advance(batch)
+                yield Step(index, blocks, batch.tokens, wide, samples)
+                index += 1
+        finally:
+            self._forward.end(batch)
 
     @torch.no_grad()
     def serve(self, requests: Iterable[Request], *, batch_size: int = 8) -> Iterator[Result]:
@@ -214,27 +215,25 @@ class Denoiser:
         if isinstance(self.policy, UniformDiffusion):
             raise ValueError("uniform diffusion does not serve requests: use generate")
         waiting = iter(requests)
-        batch: Batch | None = None
-        while True:
-            room = batch_size - (0 if batch is None else len(batch.rows))
-            joining = list(islice(waiting, room))
-            if joining and batch is None:
-                batch = self._batch(joining, self._device)
-            elif joining:
-                assert batch is not None
-                batch.join(self._batch(joining, self._device))
-            if batch is None or not batch.rows:
-                return
-            if batch.width:
-                self._step(batch)
-                self._advance(batch)
-            ended = [i for i, row in enumerate(batch.rows) if not row.blocks]
-            for i in ended:
-                tokens = batch.tokens[i].cpu()
-                self._forward.end(batch.rows[i], tokens.tolist())
-                yield result_of(batch.rows[i], tokens)
-            if ended:
-                batch.keep([i for i, row in enumerate(batch.rows) if row.blocks])
+        batch = self._batch([], self._device)
+        try:
+            while True:
+                joining = list(islice(waiting, batch_size - len(batch.rows)))
+                if joining:
+                    batch.join(self._batch(joining, self._device))
+                if not batch.rows:
+                    return
+                if batch.width:
+                    self._step(batch)
+                    self._advance(batch)
+                ended = [i for i, row in enumerate(batch.rows) if not row.blocks]
+                results = [result_of(batch.rows[i], batch.tokens[i].cpu()) for i in ended]
+                if ended:
+                    self._forward.end(batch, ended)
+                    batch.keep([i for i, row in enumerate(batch.rows) if row.blocks])
+                yield from results
+        finally:
+            self._forward.end(batch)
 
     def _step(self, batch: Batch) -> tuple[ops.TokenSamples, Tensor]:
         canvas = batch.canvas()
@@ -281,19 +280,18 @@ class Denoiser:
             if row.blocks and (not live[i] or (row.policy.scheduled and row.index >= row.num_steps))
         ]
         for i in done:
-            row = batch.rows[i]
-            row.next_block()
-            if row.stop_token_ids or row.request.stop is not None:
-                row.stop(batch.tokens[i], self.mask_token_id)
+            batch.rows[i].next_block()
+            batch.rows[i].stop(batch.tokens[i], self.mask_token_id)
         if done:
             batch.refresh()
+        for row in batch.rows:
+            row.check_progress()
 
-    def _batch(self, requests: Iterable[Request], device: torch.device) -> Batch:
+    def _batch(self, requests: Sequence[Request], device: torch.device) -> Batch:
         rows, tokens = [], []
         for request in requests:
-            assert isinstance(request.tokens, Tensor)
-            padded = torch.nn.functional.pad(request.tokens, (0, request.max_new_tokens), value=self.mask_token_id)
+            padded = request.with_masks(self.mask_token_id)
             rows.append(row_of(request, self.defaults, (padded == self.mask_token_id).tolist()))
             tokens.append(padded.to(device))
         self._forward.begin(rows)
-        return Batch(rows, tokens, self.mask_token_id)
+        return Batch(rows, tokens, self.mask_token_id, device)

@@ -64,7 +64,7 @@ def test_token_editing_is_the_published_loop(name, edit_bound, most, model_of):
     model = model_of(name)
     prompt = torch.randint(0, MASK, (6,), generator=torch.Generator().manual_seed(3)).tolist()
     rule = partial(joint_threshold, threshold=0.5, edit_threshold=edit_bound, max_edit_steps=most)
-    new = 14 if name == "SDAR" else 60
+    new = 14 if name == "SDAR" else 40
     expected, forwards = published_editing(model, prompt + [MASK] * new, 6, 0.5, edit_bound, most)
     for kept in ("none", "block"):
         denoiser = Denoiser(model, policy=Policy(rule, scheduled=False, revises=True), cache=kept)

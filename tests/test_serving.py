@@ -11,7 +11,7 @@ import torch
 from families import FAMILIES, MASK, VOCAB, random_weights, write_checkpoint
 
 from diffusion_runtime import Denoiser, Request, load, wrap
-from diffusion_runtime.decoding import POLICIES
+from diffusion_runtime.decoding import POLICIES, Policy
 from diffusion_runtime.denoiser import stop_strings
 from diffusion_runtime.models import LanguageModel
 
@@ -224,6 +224,10 @@ def test_a_wrapped_module_with_a_head_or_logits(model_of):
         ({"min_new_tokens": 2, "max_new_tokens": 1}, "min_new_tokens must be at most max_new_tokens, got 2 and 1"),
         ({"temperature": math.nan}, "temperature must be finite"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"steps_per_block": 0}, "steps_per_block must be at least 1"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"top_p": 1.5}, "top_p must be from 0 to 1, got 1.5"),
+        ({"min_p": math.nan}, "min_p must be from 0 to 1, got nan"),
         ({"revisable": torch.ones(3)}, r"revisable must be \(1,\) bool"),
         ({"seed": 2**64}, "at most 64 bits"),
     ],
@@ -245,3 +249,26 @@ def test_rejects_what_does_not_fit_the_denoiser(model_of):
         Denoiser(model_of("LLaDA"), guidance_scale=-1)
     with pytest.raises(ValueError, match="check_every must be at least 1, got 0"):
         Denoiser(model_of("LLaDA"), check_every=0)
+    with pytest.raises(ValueError, match=f"suppress holds token {VOCAB}, which is outside"):
+        list(denoiser.serve([Request([1], 4, suppress=[VOCAB])]))
+
+
+def test_a_rule_that_never_ends_is_an_error(model_of):
+    nothing = Policy(lambda samples, canvas: canvas.masked & False, scheduled=False)
+    with pytest.raises(RuntimeError, match="has not finished the block from 1 to 3 in 193 steps"):
+        list(Denoiser(model_of("LLaDA"), policy=nothing).serve([Request([1], 2)]))
+
+
+def test_room_is_given_back_however_it_ends(model_of):
+    denoiser = Denoiser(model_of("SDAR"))
+    pages = denoiser._forward.pages
+    for step in denoiser.stream(torch.tensor([[1, 2]]), max_new_tokens=9):
+        assert len(pages._users) == 1
+        if step.index == 1:
+            break
+    served = denoiser.serve([Request([1, 2], 9), Request([3], 2)], batch_size=2)
+    next(served)
+    assert len(pages._users) == 1
+    served.close()
+    del step
+    assert not pages._users

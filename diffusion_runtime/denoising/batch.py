@@ -19,17 +19,17 @@ class Batch:
     Everything that a step reads is on the device and changes there; the host's numbers change between blocks only.
     """
 
-    def __init__(self, rows: list[Row], tokens: list[Tensor], mask_token_id: int) -> None:
+    def __init__(self, rows: list[Row], tokens: list[Tensor], mask_token_id: int, device: torch.device) -> None:
         self.rows = rows
         self.mask_token_id = mask_token_id
-        self.tokens = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=mask_token_id)
-        device = self.tokens.device
-        revisable = [torch.zeros(row.length, dtype=torch.bool) for row in rows]
-        for row, mask in zip(rows, revisable, strict=True):
+        longest = max((row.length for row in rows), default=0)
+        self.tokens = torch.full((len(rows), longest), mask_token_id, device=device)
+        self.editable = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+        for i, (row, own) in enumerate(zip(rows, tokens, strict=True)):
+            self.tokens[i, : row.length] = own
             if row.request.revisable is not None:
-                mask[: row.prompt_length] = row.request.revisable.cpu()
-        kept = torch.nn.utils.rnn.pad_sequence(revisable, batch_first=True).to(device)
-        self.editable = kept | (self.tokens == mask_token_id)
+                self.editable[i, : row.prompt_length] = row.request.revisable.to(device)
+        self.editable |= self.tokens == mask_token_id
         self.confidence = torch.ones(self.tokens.shape, device=device)
         self.step = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
         self.num_masked = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -147,7 +147,9 @@ class Batch:
             return self.words
         allowed = torch.ones(len(self.rows), self.width, vocab, dtype=torch.bool)
         for i, row in enumerate(self.rows):
-            allowed[i, :, [token for token in row.suppress if token < vocab]] = False
+            if outside := [token for token in row.suppress if not 0 <= token < vocab]:
+                raise ValueError(f"suppress holds token {outside[0]}, which is outside of the vocabulary of {vocab}")
+            allowed[i, :, list(row.suppress)] = False
             if row.request.min_new_tokens and row.blocks:
                 first = row.prompt_length + row.request.min_new_tokens - row.blocks[0].start
                 stops = [token for token in row.stop_token_ids if token < vocab]

@@ -65,10 +65,13 @@ class Forward:
             row.pages = [*row.pages, *pages.take(count)]
             row.guide_pages = pages.take(count) if self.guidance_scale else []
 
-    def end(self, row: Row, tokens: list[int]) -> None:
-        """Give the room back; what was computed of ``tokens`` may serve later requests that begin with them."""
-        if self.pages is not None:
-            self._publish(row, tokens)
+    def end(self, batch: Batch, numbers: list[int] | None = None) -> None:
+        """Give the room of these rows back, or of all; what was computed may serve requests that begin alike."""
+        if self.pages is None:
+            return
+        for i in range(len(batch.rows)) if numbers is None else numbers:
+            row = batch.rows[i]
+            self._publish(row, batch.tokens[i].tolist())
             self.pages.release(row.pages)
             self.pages.release(row.guide_pages)
             row.pages, row.guide_pages = [], []

@@ -65,8 +65,7 @@ class Request:
         for name in ("num_steps", "steps_per_block"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        check_draws(self.temperature, self.top_k, self.top_p, self.min_p)
         if self.revisable is not None and (self.revisable.dtype != torch.bool or self.revisable.shape != tokens.shape):
             raise ValueError(
                 f"revisable must be {tuple(tokens.shape)} bool, got {tuple(self.revisable.shape)} "
@@ -74,6 +73,10 @@ class Request:
             )
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be an int of at most 64 bits, got {self.seed!r}")
+
+    def with_masks(self, mask_token_id: int) -> Tensor:
+        """``[length + max_new_tokens]`` int64: the prompt, and undecided positions behind it."""
+        return torch.nn.functional.pad(torch.as_tensor(self.tokens), (0, self.max_new_tokens), value=mask_token_id)
 
     @property
     def signed_seed(self) -> int:
@@ -129,6 +132,21 @@ def seeds_of(seed: Tensor | int, tokens: Tensor) -> Tensor:
     if seed.dtype != torch.int64 or seed.shape != tokens.shape[:1]:
         raise ValueError(f"seed must be an int or [{len(tokens)}] int64, got {tuple(seed.shape)} {seed.dtype}")
     return seed
+
+
+def check_draws(temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    """Settings of draws, where they are said.
+
+    Raises:
+        ValueError: one that is outside of its range.
+    """
+    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be at least 0, got {top_k}")
+    for name, value in (("top_p", top_p), ("min_p", min_p)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value}")
 
 
 def check_prompts(tokens: Tensor, max_new_tokens: int | None, mask_token_id: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.decoding import Policy, UniformDiffusion, as_policy
-from diffusion_runtime.denoising.requests import Request, Result
+from diffusion_runtime.denoising.requests import Request, Result, check_draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,7 @@ class Defaults:
         for name in ("num_steps", "steps_per_block", "block_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        check_draws(self.temperature, self.top_k, self.top_p, self.min_p)
         if isinstance(self.policy, Policy):
             check_num_steps(self.num_steps, self.steps_per_block, self.policy)
 
@@ -74,6 +73,8 @@ class Row:
 
     def stop(self, tokens: Tensor, mask_token_id: int) -> None:
         """End here if what is decided so far, from the left without a gap, says so; a stop token is repeated behind."""
+        if not self.stop_token_ids and self.request.stop is None:
+            return
         new: list[int] = tokens[self.prompt_length : self.length].tolist()
         decided = new[: new.index(mask_token_id)] if mask_token_id in new else new
         place = next((i for i, token in enumerate(decided) if token in self.stop_token_ids), None)
@@ -84,6 +85,20 @@ class Row:
         if place is not None:
             self.num_new_tokens = place
             self.blocks = []
+
+    def check_progress(self) -> None:
+        """A policy that decides itself when it is done has to be done some time."""
+        if self.blocks and not self.policy.scheduled and self.index > self.most_steps:
+            raise RuntimeError(
+                f"the policy has not finished the block from {self.blocks[0].start} to {self.blocks[0].stop} in "
+                f"{self.index} steps: its rule must change something in every step, or say that it is finished"
+            )
+
+    @property
+    def most_steps(self) -> int:
+        """Of a block, before a policy that decides itself when it is done is taken to be stuck."""
+        positions: int = self.blocks[0].stop - self.blocks[0].start
+        return 64 * (1 + positions)
 
     def _steps(self) -> int:
         if not self.blocks:

@@ -40,7 +40,7 @@ def check_cache(cache: str, block_length: int | None, refresh_interval: int | No
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
     if cache != "none" and not has_keys:
-        raise ValueError(f"cache {cache!r} needs a native model: a wrapped module does not give its keys")
+        raise ValueError(f"cache {cache!r} needs a native model, or one with a key_shape: others keep theirs")
     if cache == "block" and block_length is None:
         raise ValueError(
             "cache 'block' needs attention that is causal from block to block; here every position sees all"

@@ -31,7 +31,7 @@ from diffusion_runtime.denoising import (
     seeds_of,
     stop_strings,
 )
-from diffusion_runtime.models import LanguageModel, Wrapped, wrap
+from diffusion_runtime.models import LanguageModel, wrap
 
 __all__ = ["Denoiser", "Request", "Result", "Step", "stop_strings", "wrap"]
 
@@ -107,9 +107,11 @@ class Denoiser:
             raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance_scale}")
         self.model = model
         if isinstance(self.policy, UniformDiffusion):
-            given = [temperature, guidance_scale, top_k, top_p, min_p, mask_token_id, *suppress, *stop_token_ids]
-            if any(value not in (None, 0.0) for value in given):
-                raise ValueError(f"uniform diffusion has temperatures of its own and no mask token, got {given}")
+            options = (top_k, top_p, min_p, mask_token_id, cache, refresh_interval)
+            if any(option is not None for option in options) or any((temperature, guidance_scale, check_every > 1)):
+                raise ValueError("uniform diffusion has temperatures of its own and no mask token, cache or cuts")
+            if suppress or stop_token_ids:
+                raise ValueError("uniform diffusion takes neither suppress nor stop_token_ids")
             mask_token_id = -1  # which no token is
         elif mask_token_id is None:
             mask_token_id = getattr(model, "mask_token_id", None)
@@ -133,8 +135,7 @@ class Denoiser:
             stop_token_ids=stop_token_ids,
         )
         cache = cache or ("none" if grid is None else "block")
-        native = not isinstance(self.language_model, Wrapped)
-        check_cache(cache, grid, refresh_interval, has_keys=native)
+        check_cache(cache, grid, refresh_interval, has_keys=self.language_model.key_shape is not None)
         self._forward = Forward(self.language_model, cache, refresh_interval, guidance_scale)
         self.mask_token_id = mask_token_id
         self.backend = backend
@@ -240,27 +241,11 @@ class Denoiser:
         states = self._forward.states(batch)
         head = self.language_model.head
         vocab = states.shape[-1] if head is None else head.weight.shape[0]
-        settings = batch.settings
-        arguments: dict[str, Any] = {
-            "temperature": settings.temperature,
-            "statistics_temperature": settings.statistics_temperature,
-            "top_k": settings.top_k,
-            "top_p": settings.top_p,
-            "min_p": settings.min_p,
-            "seed": canvas.seed,
-            "position": canvas.position,
-            "step": canvas.step,
-            "masked": canvas.masked | (canvas.editable & settings.revises[:, None]),
-            "allowed": batch.allowed(vocab),
-            # a committed mask token would stay undecided for ever
-            "suppress": [self.mask_token_id] if self.mask_token_id < vocab else None,
-            "statistics": "restricted",
-            "backend": self.backend,
-        }
+        arguments = batch.draws(canvas, vocab)
         if head is None:
-            samples = ops.sample_tokens(states, **arguments)
+            samples = ops.sample_tokens(states, **arguments, backend=self.backend)
         else:
-            samples = ops.sample_from_hidden(states, head.weight, bias=head.bias, **arguments)
+            samples = ops.sample_from_hidden(states, head.weight, bias=head.bias, **arguments, backend=self.backend)
         commit_mask = batch.apply(decide(batch, samples, canvas), samples, canvas)
         for row in batch.rows:
             row.index += 1
@@ -284,8 +269,9 @@ class Denoiser:
             batch.rows[i].stop(batch.tokens[i], self.mask_token_id)
         if done:
             batch.refresh()
-        for row in batch.rows:
-            row.check_progress()
+        if looks:
+            for row, goes_on in zip(batch.rows, live, strict=True):
+                row.check_progress(goes_on)
 
     def _batch(self, requests: Sequence[Request], device: torch.device) -> Batch:
         rows, tokens = [], []

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusion_runtime.cache import check_cache, page_size_of
-from diffusion_runtime.models import LanguageModel, Wrapped
+from diffusion_runtime.models import LanguageModel
 
 _HEAD = 8_000_000  # logits that exist at once, and the buffers of products
 
@@ -53,12 +53,12 @@ def plan(model: LanguageModel, *, batch: int, length: int, cache: str = "none", 
     for name, value in (("batch", batch), ("length", length)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    check_cache(cache, model.block_length, None, has_keys=not isinstance(model, Wrapped))
+    check_cache(cache, model.block_length, None, has_keys=model.key_shape is not None)
     rows = batch * (2 if guidance else 1)
     tensors = {id(x): x for x in (*model.parameters(), *model.buffers())}
     weights = sum(x.nbytes for x in tensors.values())
     keys = 0
-    if cache != "none":
+    if model.key_shape is not None and cache != "none":
         layers, heads, dim = model.key_shape
         size = page_size_of(model.block_length)
         positions = (rows * -(-length // size) + 1) * size

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -41,3 +42,18 @@ def _seed_and_poison() -> Iterator[None]:
     torch.manual_seed(0)
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(scope="session")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], torch.nn.Module]:
+    """A family's tiny model with random weights, by its name in ``families.FAMILIES``; loaded once."""
+    from families import FAMILIES, random_weights, write_checkpoint
+
+    from diffusion_runtime import load
+
+    @cache
+    def build(name: str) -> torch.nn.Module:
+        folder = tmp_path_factory.mktemp("model")
+        return load(write_checkpoint(folder, FAMILIES[name], random_weights(FAMILIES[name])))
+
+    return build

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from functools import cache
 
 import plain_models
 import pytest
 import torch
-from families import FAMILIES, MASK, random_weights, write_checkpoint
+from families import FAMILIES, MASK, random_weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_runtime import Denoiser, Request, load, wrap
+from diffusion_runtime import Denoiser, Request, wrap
 from diffusion_runtime.cache import Pages
 from diffusion_runtime.models import LanguageModel
 
 BY_BLOCKS = ["LLaDA2", "Fast-dLLM v2", "SDAR", "SDAR-MoE", "BD3LM"]
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @cache
-    def build(name: str) -> LanguageModel:
-        folder = tmp_path_factory.mktemp("model")
-        return load(write_checkpoint(folder, FAMILIES[name], random_weights(FAMILIES[name])))
-
-    return build
 
 
 class Counted:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
-from families import FAMILIES, MASK, random_weights, write_checkpoint
+from families import MASK
 
-from diffusion_runtime import Denoiser, Request, load
+from diffusion_runtime import Denoiser, Request
 from diffusion_runtime.decoding import Policy, joint_threshold, remask
 from diffusion_runtime.models import LanguageModel
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @cache
-    def build(name: str) -> LanguageModel:
-        folder = tmp_path_factory.mktemp("model")
-        return load(write_checkpoint(folder, FAMILIES[name], random_weights(FAMILIES[name])))
-
-    return build
 
 
 def published_editing(
@@ -103,3 +93,25 @@ def test_remasking_never_touches_what_was_given(kind, model_of):
         again += int(((before.tokens != MASK) & (step.tokens == MASK)).sum())
     assert again > 0
     assert not (steps[-1].tokens == MASK).any()
+
+
+def test_a_draft_is_masked_again_by_draws_of_every_step(model_of):
+    """Where nothing is undecided too: each step has draws of its own."""
+    tokens = torch.randint(0, MASK, (64,), generator=torch.Generator().manual_seed(1))
+    again = []
+
+    def noted(samples, canvas):
+        decision = remask(samples, canvas, kind="cap", eta=0.2)
+        again.append(decision.remask[0])
+        return decision._replace(commit_mask=canvas.masked)  # so that the next step begins with what this one masked
+
+    def nothing_masked(samples, canvas):
+        return noted(samples, canvas)._replace(remask=canvas.masked & False)
+
+    for rule in (noted, nothing_masked):
+        again.clear()
+        denoiser = Denoiser(model_of("MDLM"), policy=Policy(rule, remasks=True), num_steps=20)
+        (result,) = denoiser.serve([Request(tokens, revisable=torch.ones(64, dtype=torch.bool))])
+        assert result.num_forwards == 20
+        masks = {tuple(mask.tolist()) for mask in again[10:19]}
+        assert len(masks) == 9

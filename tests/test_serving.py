@@ -4,53 +4,41 @@ from __future__ import annotations
 
 import math
 import random
-from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES, MASK, VOCAB, random_weights, write_checkpoint
+from families import FAMILIES, MASK, VOCAB, random_weights
 
-from diffusion_runtime import Denoiser, Request, load, wrap
+from diffusion_runtime import Denoiser, Request, wrap
 from diffusion_runtime.decoding import POLICIES, Policy
 from diffusion_runtime.denoiser import stop_strings
-from diffusion_runtime.models import LanguageModel
 
 MODELS = ["LLaDA", "LLaDA-MoE", "LLaDA2", "Dream", "Fast-dLLM v2", "SDAR", "SDAR-MoE", "MDLM", "BD3LM"]
-
-
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory):
-    @cache
-    def build(name: str) -> LanguageModel:
-        folder = tmp_path_factory.mktemp("model")
-        return load(write_checkpoint(folder, FAMILIES[name], random_weights(FAMILIES[name])))
-
-    return build
 
 
 def random_request(rng: random.Random, policy: str) -> Request:
     prompt = [rng.randrange(MASK) for _ in range(rng.randrange(1, 12))]
     new = rng.randrange(1, 14)
-    revisable = None
+    revisable, stops = None, rng.choice([None, list(range(8))])
     # infill, pinned tokens between; where there are none all positions have one state, and roundings break the ties
     if len(prompt) > 3 and rng.random() < 0.3:
         for place in rng.sample(range(len(prompt)), max(1, len(prompt) // 3)):
             prompt[place] = MASK
         new = rng.choice([0, new])
-    elif POLICIES[policy].revises and rng.random() < 0.5:
+    elif (POLICIES[policy].revises or POLICIES[policy].remasks) and rng.random() < 0.5:
         revisable = torch.tensor([rng.random() < 0.5 for _ in prompt])
     return Request(
         torch.tensor(prompt),
         max_new_tokens=new,
-        min_new_tokens=rng.randrange(new + 1) if rng.random() < 0.3 else 0,
+        min_new_tokens=rng.randrange(new + 1) if stops else 0,
         revisable=revisable,
         seed=rng.randrange(2**64),
         temperature=rng.choice([0.0, 0.7, 1.3]),
         top_k=rng.choice([None, None, 20]),
         top_p=rng.choice([None, 0.9]),
         suppress=rng.choice([None, [3, 5]]),
-        stop_token_ids=rng.choice([None, list(range(8))]),
-        policy=policy if rng.random() < 0.8 else rng.choice(["random", "threshold"]),
+        stop_token_ids=stops,
+        policy=policy if revisable is not None or rng.random() < 0.8 else rng.choice(["random", "threshold"]),
     )
 
 
@@ -245,6 +233,10 @@ def test_rejects_what_does_not_fit_the_denoiser(model_of):
         list(denoiser.serve([], batch_size=0))
     with pytest.raises(ValueError, match="decides itself when it is done: num_steps must be None, got 4"):
         list(denoiser.serve([Request([1], 4, policy="threshold", num_steps=4)]))
+    with pytest.raises(ValueError, match="revisable needs a policy that changes what is decided"):
+        list(denoiser.serve([Request([1], 4, revisable=torch.tensor([True]))]))
+    with pytest.raises(ValueError, match="min_new_tokens needs stop_token_ids"):
+        list(denoiser.serve([Request([1], 4, min_new_tokens=2)]))
     with pytest.raises(ValueError, match="guidance_scale must be finite and at least 0, got -1"):
         Denoiser(model_of("LLaDA"), guidance_scale=-1)
     with pytest.raises(ValueError, match="check_every must be at least 1, got 0"):

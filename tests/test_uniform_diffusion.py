@@ -232,9 +232,11 @@ def test_rejects_settings(settings, message):
 
 def test_rejects_what_has_no_meaning():
     model, prompt = random_llada(), torch.zeros(1, 3, dtype=torch.int64)
-    for settings in ({"temperature": 0.5}, {"mask_token_id": 60}):
+    for settings in ({"temperature": 0.5}, {"mask_token_id": 0}, {"cache": "dual"}, {"check_every": 2}, {"top_k": 0}):
         with pytest.raises(ValueError, match="temperatures of its own and no mask token"):
             Denoiser(model, policy=POLICY, **settings)
+    with pytest.raises(ValueError, match="takes neither suppress nor stop_token_ids"):
+        Denoiser(model, policy=POLICY, suppress=[0])
     with pytest.raises(ValueError, match="no masked positions to fill; max_new_tokens must be given"):
         Denoiser(model, policy=POLICY).infill(prompt)
     with pytest.raises(ValueError, match="the model must give 50 logits, got 61"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,25 @@ class Batch:
             confidence=self.confidence.gather(1, self.position),
         )
 
+    def draws(self, canvas: Canvas, vocab: int) -> dict[str, Any]:
+        """How the current blocks are sampled: arguments of ``sample_tokens``."""
+        settings = self.settings
+        return {
+            "temperature": settings.temperature,
+            "statistics_temperature": settings.statistics_temperature,
+            "top_k": settings.top_k,
+            "top_p": settings.top_p,
+            "min_p": settings.min_p,
+            "seed": canvas.seed,
+            "position": canvas.position,
+            "step": canvas.step,
+            "masked": canvas.masked | (canvas.editable & settings.revises[:, None]),
+            "allowed": self.allowed(vocab),
+            # a committed mask token would stay undecided for ever
+            "suppress": [self.mask_token_id] if self.mask_token_id < vocab else None,
+            "statistics": "restricted",
+        }
+
     def apply(self, decision: Decision, samples: TokenSamples, canvas: Canvas) -> Tensor:
         """Change the tokens as a :func:`complete` decision says; returns what took its candidate."""
         commit_mask, candidates, remask, finished = decision
@@ -105,7 +124,7 @@ class Batch:
         )
         masked = canvas.masked.any(1)
         # a row counts the steps in which it had something to decide, or its draws would follow its neighbours
-        self.step = self.step + (masked | (canvas.editable.any(1) & self.settings.revises))[:, None]
+        self.step = self.step + (masked | (canvas.editable.any(1) & self.settings.redecides))[:, None]
         self.num_mask_free = self.num_mask_free + (self.live & ~masked)
         self.index = self.index + 1
         over = self.settings.scheduled & (self.index >= self.num_steps)
@@ -202,7 +221,8 @@ class Settings(NamedTuple):
     top_k: Tensor | None  # [rows, 1] int64
     top_p: Tensor | None  # [rows, 1] float32
     min_p: Tensor | None  # [rows, 1] float32
-    revises: Tensor  # [rows] bool
+    revises: Tensor  # [rows] bool: decided positions get candidates
+    redecides: Tensor  # [rows] bool: it also, or it masks again
     scheduled: Tensor  # [rows] bool: the block is over after its steps
     goes_on: Tensor  # [rows] bool: until then, whatever is undecided
 
@@ -230,6 +250,7 @@ class Settings(NamedTuple):
             ),
             **cuts,
             revises=bools([row.policy.revises for row in rows]),
+            redecides=bools([row.policy.revises or row.policy.remasks for row in rows]),
             scheduled=bools([row.policy.scheduled for row in rows]),
             goes_on=bools([row.policy.scheduled and row.policy.remasks for row in rows]),
         )

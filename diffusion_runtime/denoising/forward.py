@@ -41,8 +41,9 @@ class Forward:
         self.cache = cache
         self.refresh_interval = refresh_interval
         self.guidance_scale = guidance_scale
+        self.shares = cache == "block" and not guidance_scale  # with guidance both branches are computed together
         self.pages: Pages | None = None
-        if cache != "none":
+        if model.key_shape is not None and cache != "none":
             weight = next(model.parameters())
             self.pages = Pages(
                 *model.key_shape, block_length=model.block_length, dtype=weight.dtype, device=weight.device
@@ -54,7 +55,7 @@ class Forward:
             return
         pages = self.pages
         for row in rows:
-            if self.cache == "block" and row.blocks and not self.guidance_scale:  # both branches are computed together
+            if self.shares and row.blocks:
                 first = row.blocks[0].start - int(self.model.shifted)
                 row.pages = pages.find(row.prompt[: max(0, first)])
                 row.kept = len(row.pages) * pages.page_size
@@ -71,7 +72,8 @@ class Forward:
             return
         for i in range(len(batch.rows)) if numbers is None else numbers:
             row = batch.rows[i]
-            self._publish(row, batch.tokens[i].tolist())
+            if self.shares:
+                self.pages.publish(batch.tokens[i, : row.kept].tolist(), row.pages)
             self.pages.release(row.pages)
             self.pages.release(row.guide_pages)
             row.pages, row.guide_pages = [], []
@@ -80,35 +82,29 @@ class Forward:
         """``[rows, width, dim]`` states, or logits where the model has no head, that belong to each position."""
         if self.pages is None:
             return self._mixed(batch, list(range(len(batch.rows))), None)
-        spans = [self._span(row) for row in batch.rows]
-        groups: dict[bool, list[int]] = {}
-        for i, span in enumerate(spans):
-            if span is not None:
-                groups.setdefault(span.keeps is not None and not self._overwrites(span), []).append(i)
-        parts = {which: self._mixed(batch, rows, spans) for which, rows in groups.items()}
-        for row, span in zip(batch.rows, spans, strict=True):
-            if span is not None and span.keeps is not None:
+        spans = {i: self._span(row) for i, row in enumerate(batch.rows) if row.blocks}
+        groups: dict[bool, list[int]] = {}  # those that compute much to keep it, and those that do not
+        for i, span in spans.items():
+            groups.setdefault(span.keeps is not None and not self._overwrites(span), []).append(i)
+        parts = [(rows, self._mixed(batch, rows, spans)) for rows in groups.values()]
+        for i, span in spans.items():
+            if span.keeps is not None:
+                row = batch.rows[i]
                 row.kept = span.keeps[1]
-                if row.index == 0:  # others may begin with this prompt
-                    self._publish(row, row.prompt)
-        if len(parts) == 1 and len(groups) == 1 and len(next(iter(groups.values()))) == len(batch.rows):
-            return next(iter(parts.values()))
-        first = next(iter(parts.values()))
+                if self.shares and span.keeps[0] < row.prompt_length:  # others may begin with this prompt
+                    self.pages.publish(row.prompt[: row.kept], row.pages)
+        rows, first = parts[0]
+        if len(rows) == len(batch.rows):
+            return first
         whole = first.new_zeros(len(batch.rows), *first.shape[1:])
-        for which, rows in groups.items():
-            whole[batch.index_of(rows)] = parts[which]
+        for rows, part in parts:
+            whole[batch.index_of(rows)] = part
         return whole
-
-    def _publish(self, row: Row, tokens: list[int]) -> None:
-        if self.pages is not None and self.cache == "block" and not self.guidance_scale:
-            self.pages.publish(tokens[: row.kept], row.pages)
 
     def _overwrites(self, span: Span) -> bool:
         return self.cache == "dual" and span.kept is not None
 
-    def _span(self, row: Row) -> Span | None:
-        if not row.blocks:
-            return None
+    def _span(self, row: Row) -> Span:
         block = row.blocks[0]
         start = max(0, block.start - int(self.model.shifted))
         if self.cache == "block":
@@ -120,7 +116,7 @@ class Forward:
             return Span(start, row.length, start, None)
         return Span(start, block.stop, row.length, (start, block.stop))
 
-    def _mixed(self, batch: Batch, rows: list[int], spans: list[Span | None] | None) -> Tensor:
+    def _mixed(self, batch: Batch, rows: list[int], spans: dict[int, Span] | None) -> Tensor:
         """States of some rows, both branches combined."""
         if not self.guidance_scale:
             return self._of_rows(batch, rows, spans, batch.tokens)
@@ -130,12 +126,11 @@ class Forward:
         mixed = torch.lerp(unconditional.to(wide), conditional.to(wide), self.guidance_scale + 1)
         return mixed.to(conditional.dtype)
 
-    def _of_rows(self, batch: Batch, rows: list[int], spans: list[Span | None] | None, *tokens: Tensor) -> Tensor:
+    def _of_rows(self, batch: Batch, rows: list[int], spans: dict[int, Span] | None, *tokens: Tensor) -> Tensor:
         """Of each branch, whose tokens are given, one after the other."""
         if spans is None:
             return self._uncached(batch, *tokens)
-        chosen = [span for span in (spans[i] for i in rows) if span is not None]
-        context = self._context(batch, rows, chosen, len(tokens))
+        context = self._context(batch, rows, [spans[i] for i in rows], len(tokens))
         positions, index = batch.position, None if len(rows) == len(batch.rows) else batch.index_of(rows)
         if index is not None:
             tokens, positions = tuple(x[index] for x in tokens), positions[index]

@@ -89,7 +89,7 @@ class Result:
     """What became of a request."""
 
     request: Request
-    tokens: Tensor  # [length + max_new_tokens] int64; behind an early end the mask token
+    tokens: Tensor  # [length + max_new_tokens] int64; behind a stop token copies of it
     new_tokens: list[int]  # what was put behind the prompt, up to and without what ended it
     finish_reason: str  # "length", or "stop": a stop token or the request's own stop
     num_forwards: int  # of the model, that this request took part in

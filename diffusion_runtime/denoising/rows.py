@@ -86,9 +86,9 @@ class Row:
             self.num_new_tokens = place
             self.blocks = []
 
-    def check_progress(self) -> None:
+    def check_progress(self, live: bool) -> None:
         """A policy that decides itself when it is done has to be done some time."""
-        if self.blocks and not self.policy.scheduled and self.index > self.most_steps:
+        if live and self.blocks and not self.policy.scheduled and self.index > self.most_steps:
             raise RuntimeError(
                 f"the policy has not finished the block from {self.blocks[0].start} to {self.blocks[0].stop} in "
                 f"{self.index} steps: its rule must change something in every step, or say that it is finished"
@@ -137,9 +137,13 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
     check_num_steps(num_steps, per_block, policy)
     changing = list(masked)
     prompt_length = len(masked) - request.max_new_tokens
-    if policy.revises and request.revisable is not None:
+    if request.revisable is not None:
+        if not (policy.revises or policy.remasks):
+            raise ValueError("revisable needs a policy that changes what is decided: one that revises or remasks")
         for position in request.revisable.nonzero()[:, 0].tolist():
             changing[position] = True
+    if request.min_new_tokens and not own("stop_token_ids"):
+        raise ValueError("min_new_tokens needs stop_token_ids, which are what it holds back")
     start = 0 if any(changing[:prompt_length]) or not request.max_new_tokens else prompt_length
     blocks = blocks_between(start, len(masked), defaults.block_length, absolute=defaults.absolute)
     return Row(

@@ -73,6 +73,11 @@ class DecoderConfig(ModelConfig):
         """Elements of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many of them rotate."""
+        return self.head_size
+
 
 class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions.
@@ -128,6 +133,7 @@ class Decoder(LanguageModel):
         config: sizes. Weights are PyTorch's defaults until loaded (:func:`diffusion_runtime.loading.load`).
     """
 
+    embedding = "embed_tokens"  # its name in checkpoints
     qkv_bias = False
     qk_norm = False
 
@@ -136,16 +142,17 @@ class Decoder(LanguageModel):
         self.config = config
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(
-                    DecoderLayer(config, self.feed_forward(layer), qkv_bias=self.qkv_bias, qk_norm=self.qk_norm)
-                    for layer in range(config.num_hidden_layers)
-                ),
+                self.embedding: nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(self.layer(number) for number in range(config.num_hidden_layers)),
                 "norm": LlamaRMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def layer(self, number: int) -> nn.Module:
+        """A layer, called with the states, the rotary angles, the context and its number."""
+        return DecoderLayer(self.config, self.feed_forward(number), qkv_bias=self.qkv_bias, qk_norm=self.qk_norm)
 
     def feed_forward(self, layer: int) -> nn.Module:
         """The feed-forward network of a layer."""
@@ -154,7 +161,7 @@ class Decoder(LanguageModel):
 
     @property
     def head(self) -> Head:
-        tied: Any = self.model["embed_tokens"]
+        tied: Any = self.model[self.embedding]
         return Head((tied if self.config.tie_word_embeddings else self.lm_head).weight)
 
     @property
@@ -164,8 +171,8 @@ class Decoder(LanguageModel):
     def hidden(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
         context = context or self.whole_sequences()
         parts: Any = self.model
-        x = parts["embed_tokens"](tokens)
-        rotary = rotary_angles(context.positions(tokens), self.config.head_size, self.config.rope_theta)
+        x = parts[self.embedding](tokens)
+        rotary = rotary_angles(context.positions(tokens), self.config.rotary_dim, self.config.rope_theta)
         for number, layer in enumerate(parts["layers"]):
             x = layer(x, rotary, context, number)
         out: Tensor = parts["norm"](x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class KeyShape(NamedTuple):
     head_dim: int
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, ABC):
     """Tokens in, logits out.
 
     A family implements :meth:`hidden` and :attr:`head`, sets :attr:`config`, and says what is not the default:
@@ -52,15 +53,16 @@ class LanguageModel(nn.Module):
         return None
 
     @property
-    def head(self) -> Head | None:
-        """The LM head; None where :meth:`hidden` gives logits."""
-        raise NotImplementedError
+    def key_shape(self) -> KeyShape | None:
+        """What a cache has to hold; None where the model's attention takes no context, and so no cache."""
+        return None
 
     @property
-    def key_shape(self) -> KeyShape:
-        """What a cache has to hold."""
-        raise NotImplementedError
+    @abstractmethod
+    def head(self) -> Head | None:
+        """The LM head; None where :meth:`hidden` gives logits."""
 
+    @abstractmethod
     def hidden(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
         """``[batch, length]`` int64 -> ``[batch, length, dim]``, after the final norm.
 
@@ -68,7 +70,6 @@ class LanguageModel(nn.Module):
             tokens: those of this forward.
             context: where they stand and what else they see. None: they are whole sequences.
         """
-        raise NotImplementedError
 
     def forward(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
         """``[batch, length]`` int64 -> ``[batch, length, vocab]`` in the dtype of the weights; nothing is shifted."""

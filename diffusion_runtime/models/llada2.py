@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_runtime.models._config import BOOKKEEPING, ModelConfig
-from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
-from diffusion_runtime.nn import AttentionContext, Experts, LlamaRMSNorm, SwiGLU, rotary_angles, self_attention
+from diffusion_runtime.models._decoder import Decoder
+from diffusion_runtime.nn import AttentionContext, Experts, LlamaRMSNorm, SwiGLU, self_attention
 
 
 @dataclass(frozen=True)
@@ -179,47 +179,16 @@ class _Layer(nn.Module):
         return out
 
 
-class LLaDA2(LanguageModel):
-    """Every position sees its own block and those before it.
+class LLaDA2(Decoder):
+    """Every position sees its own block and those before it."""
 
-    Args:
-        config: sizes. Weights are random until loaded (:func:`diffusion_runtime.loading.load`).
-    """
+    embedding = "word_embeddings"
 
-    def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(_Layer(config, number) for number in range(config.num_hidden_layers)),
-                "norm": LlamaRMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    def layer(self, number: int) -> nn.Module:
+        return _Layer(self.config, number)
 
     @property
     def block_length(self) -> int:
         """Positions of a block."""
         length: int = self.config.block_length
         return length
-
-    @property
-    def head(self) -> Head:
-        tied: Any = self.model["word_embeddings"]
-        return Head((tied if self.config.tie_word_embeddings else self.lm_head).weight)
-
-    @property
-    def key_shape(self) -> KeyShape:
-        return KeyShape(self.config.num_hidden_layers, self.config.kv_heads, self.config.head_size)
-
-    def hidden(self, tokens: Tensor, context: AttentionContext | None = None) -> Tensor:
-        context = context or self.whole_sequences()
-        parts: Any = self.model
-        x = parts["word_embeddings"](tokens)
-        rotary = rotary_angles(context.positions(tokens), self.config.rotary_dim, self.config.rope_theta)
-        for number, layer in enumerate(parts["layers"]):
-            x = layer(x, rotary, context, number)
-        out: Tensor = parts["norm"](x)
-        return out

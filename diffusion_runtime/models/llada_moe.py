@@ -64,11 +64,6 @@ class LLaDAMoE(Decoder):
 
     def feed_forward(self, layer: int) -> nn.Module:
         del layer
-        config = self.config
-        return SoftmaxMixture(
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            config.intermediate_size,
-            normalise=False,
-        )
+        c = self.config
+        hidden = c.intermediate_size
+        return SoftmaxMixture(c.num_experts, c.num_experts_per_tok, c.hidden_size, hidden, normalise=False)

@@ -68,11 +68,6 @@ class SDARMoE(SDAR):
 
     def feed_forward(self, layer: int) -> nn.Module:
         del layer
-        config = self.config
-        return SoftmaxMixture(
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            normalise=config.norm_topk_prob,
-        )
+        c = self.config
+        hidden = c.moe_intermediate_size
+        return SoftmaxMixture(c.num_experts, c.num_experts_per_tok, c.hidden_size, hidden, normalise=c.norm_topk_prob)

@@ -67,8 +67,9 @@ class Denoiser:
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
             Uniform diffusion has none.
         cache: what is not computed again: see :mod:`diffusion_runtime.cache`. None: ``"block"``, which is exact, where
-            the model's attention is causal from block to block, else ``"none"``. With ``"block"`` the keys of prompts
-            and answers stay for later requests and calls that begin with the same tokens.
+            the model's attention is causal from block to block and it is not conditioned on the noise level, else
+            ``"none"``. With ``"block"`` the keys of prompts and answers stay for later requests and calls that begin
+            with the same tokens.
         refresh_interval: of ``"prefix"`` and ``"dual"``: after how many steps of a block all keys are computed anew;
             None: at its first step only.
         backend: of the op that samples, and of ``soft_embedding`` for self-conditioning.
@@ -134,7 +135,7 @@ class Denoiser:
             suppress=suppress,
             stop_token_ids=stop_token_ids,
         )
-        cache = cache or ("none" if grid is None else "block")
+        cache = cache or ("none" if grid is None or self.language_model.noise_conditioned else "block")
         check_cache(cache, grid, refresh_interval, has_keys=self.language_model.key_shape is not None)
         self._forward = Forward(self.language_model, cache, refresh_interval, guidance_scale)
         self.mask_token_id = mask_token_id

@@ -194,6 +194,7 @@ FAMILIES = {
     "MDLM": Family(_DIT, _dit(), plain_models.dit),
     "MDLM with time conditioning": Family(_DIT | {"time_conditioning": True}, _dit(), plain_models.dit),
     "BD3LM": Family(_BD3LM, _dit() | {"sampling_eps_max": (), "sampling_eps_min": ()}, plain_models.dit),
+    "BD3LM with time conditioning": Family(_BD3LM | {"time_conditioning": True}, _dit(), plain_models.dit),
     "BD3LM without adaLN": Family(_BD3LM | {"adaln": False}, _dit(adaln=False), plain_models.dit),
 }  # fmt: skip
 

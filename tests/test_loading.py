@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from models import CONFIG, random_llada
 from safetensors.torch import save_file
 
 from diffusion_runtime import load
+from diffusion_runtime.models import LLaDA
 
 INDEX = "model.safetensors.index.json"
 
@@ -156,3 +159,48 @@ def test_a_repository_id_that_is_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(save(tmp_path)))
     assert load("owner/name").mask_token_id == 60
     assert asked == ["owner/name"]
+
+
+WATCHED_LOAD = """
+import sys, torch
+from pathlib import Path
+from diffusion_runtime import load, loading
+
+def anonymous():  # what the process holds itself; pages of the mapped file are the system's to drop
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+read, seen = loading._read, []
+def watched(*arguments):
+    result = read(*arguments)
+    seen.append(anonymous())
+    return result
+loading._read = watched
+before = anonymous()
+model = load(sys.argv[1], dtype=torch.float32)
+print(max(seen) - before, sum(x.nbytes for x in model.state_dict().values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_second_copy_in_memory(tmp_path):
+    config = dataclasses.replace(CONFIG, d_model=512, mlp_hidden_size=1024, vocab_size=4096, n_layers=6)
+    save(tmp_path, LLaDA(config).bfloat16().state_dict(), **dataclasses.asdict(config))
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    run = [sys.executable, "-c", WATCHED_LOAD, str(tmp_path)]
+    printed = subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+    most, weights = map(int, printed.split())
+    largest = 4 * config.vocab_size * config.d_model
+    assert weights > 6 * largest
+    assert most < weights + largest
+
+
+@pytest.mark.gpu
+def test_no_second_copy_on_a_gpu(tmp_path):
+    save(tmp_path)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load(tmp_path, device="cuda", dtype=torch.bfloat16)
+    sizes = [x.nbytes for x in model.state_dict().values()]
+    assert torch.cuda.max_memory_allocated() - before < sum(sizes) + 3 * max(sizes) + 512 * len(sizes)

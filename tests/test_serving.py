@@ -264,3 +264,28 @@ def test_room_is_given_back_however_it_ends(model_of):
     served.close()
     del step
     assert not pages._users
+
+
+def test_a_model_conditioned_on_the_noise_level_is_told_it(model_of, monkeypatch):
+    """MDLM's times and total noise; under other rules the share of the block that is undecided stands for the time."""
+    model, told = model_of("MDLM with time conditioning"), []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda *a, sigma: told.append(sigma) or hidden(*a, sigma=sigma))
+    requests = [
+        Request([1, 2, 3], max_new_tokens=6, policy="mdlm", num_steps=4, seed=5, temperature=1.0),
+        Request([4, 5], max_new_tokens=8, policy="low_confidence", num_steps=4),
+    ]
+    denoiser = Denoiser(model, guidance_scale=0.5, cache="dual")
+    together = {id(result.request): result for result in denoiser.serve(requests)}
+    times = [[1 + (1e-5 - 1) * step / 3, 1 - step / 4] for step in range(3)]
+    expected = torch.tensor([[-math.log(1 - 0.999 * t) for t in pair] for pair in times])
+    torch.testing.assert_close(torch.stack(told[:3]), expected.repeat(1, 2))  # both branches
+    for request in requests:
+        (alone,) = denoiser.serve([request])
+        assert alone.tokens.tolist() == together[id(request)].tokens.tolist()
+
+
+def test_keys_of_other_noise_levels_are_not_kept(model_of):
+    assert Denoiser(model_of("BD3LM with time conditioning"))._forward.cache == "none"
+    with pytest.raises(ValueError, match="other noise levels"):
+        Denoiser(model_of("BD3LM with time conditioning"), cache="block")

@@ -11,6 +11,7 @@ from diffusion_runtime.decoding.canvas import (
     of_block_length,
     of_one,
     of_times,
+    undecided_share,
 )
 from diffusion_runtime.decoding.parallel import entropy_bounded, factor, joint_threshold, threshold
 from diffusion_runtime.decoding.presets import POLICIES, as_policy
@@ -44,4 +45,5 @@ __all__ = [
     "sequential",
     "threshold",
     "topk_margin",
+    "undecided_share",
 ]

@@ -25,6 +25,11 @@ def origin(samples: TokenSamples, canvas: Canvas, *, last_time: float = 1e-3) ->
     return canvas.masked & (order_noise(canvas) < chance[:, None])
 
 
+def falling_time(canvas: Canvas, *, last_time: float = 1e-5) -> Tensor:
+    """The time of a step of :func:`ancestral`, whose last one stands at ``last_time``: ``[batch]`` float32."""
+    return time_of(canvas.index, (canvas.num_steps - 1).clamp(min=1), last_time)
+
+
 def ancestral(samples: TokenSamples, canvas: Canvas, *, last_time: float = 1e-5) -> Decision:
     """MDLM's sampler (Sahoo et al., 2024, equation 6 with the log-linear schedule, where the share masked is ``t``).
 

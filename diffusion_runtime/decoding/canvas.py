@@ -48,6 +48,11 @@ Rule = Callable[[TokenSamples, Canvas], Tensor | Decision]
 Schedule = Callable[[Canvas], Tensor]
 
 
+def undecided_share(canvas: Canvas) -> Tensor:
+    """Of the positions of a block, how many are undecided: ``[batch]`` float32 in [0, 1]."""
+    return canvas.masked.sum(1) / canvas.num_positions.clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Policy:
     """A rule, and how the loop drives it.
@@ -63,6 +68,8 @@ class Policy:
         adaptive: a scheduled block may be finished before its steps are over, and the loop looks whether it is.
         revises: decided positions get candidates too.
         remasks: decided positions may become undecided again: a block takes all of its steps.
+        time: where in the noising process a canvas stands, ``[batch]`` in [0, 1]: a model that is conditioned on the
+            noise level is told so.
     """
 
     rule: Rule
@@ -71,6 +78,7 @@ class Policy:
     adaptive: bool = False
     revises: bool = False
     remasks: bool = False
+    time: Schedule = undecided_share
 
     def __post_init__(self) -> None:
         if self.confidence not in ("raw", "scaled"):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
-from diffusion_runtime.decoding.ancestral import ancestral, origin, remask
+from diffusion_runtime.decoding.ancestral import ancestral, falling_time, origin, remask
 from diffusion_runtime.decoding.canvas import Policy, Rule, of_block_length, of_one, of_times
 from diffusion_runtime.decoding.parallel import entropy_bounded, factor, joint_threshold, threshold
 from diffusion_runtime.decoding.ranked import entropy, low_confidence, random, sequential, topk_margin
 from diffusion_runtime.decoding.uniform import UniformDiffusion
+
+
+def _remdm(kind: Literal["cap", "rescale", "conf", "loop"], eta: float) -> Policy:
+    return Policy(partial(remask, kind=kind, eta=eta), confidence="scaled", remasks=True, time=falling_time)
+
 
 POLICIES: dict[str, Policy] = {
     # LLaDA, with its schedule for all orders
@@ -48,11 +54,11 @@ POLICIES: dict[str, Policy] = {
     "fast_dllm_v2": Policy(partial(threshold, threshold=0.95, inclusive=False), scheduled=False),
     "bd3lm_first_hitting": Policy(partial(random, schedule=of_one), scheduled=False),
     # discrete diffusion
-    "mdlm": Policy(ancestral),
-    "remdm_cap": Policy(partial(remask, kind="cap", eta=0.008), confidence="scaled", remasks=True),
-    "remdm_rescale": Policy(partial(remask, kind="rescale", eta=0.015), confidence="scaled", remasks=True),
-    "remdm_conf": Policy(partial(remask, kind="conf", eta=1.0), confidence="scaled", remasks=True),
-    "remdm_loop": Policy(partial(remask, kind="loop", eta=0.02), confidence="scaled", remasks=True),
+    "mdlm": Policy(ancestral, time=falling_time),
+    "remdm_cap": _remdm("cap", 0.008),
+    "remdm_rescale": _remdm("rescale", 0.015),
+    "remdm_conf": _remdm("conf", 1.0),
+    "remdm_loop": _remdm("loop", 0.02),
 }
 
 

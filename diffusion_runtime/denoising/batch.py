@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_runtime.cache import CachedContext
-from diffusion_runtime.decoding import Canvas, Decision
+from diffusion_runtime.decoding import Canvas, Decision, Policy
 from diffusion_runtime.denoising.rows import Row
 from diffusion_runtime.ops import TokenSamples, pack_allowed
 
@@ -186,16 +187,29 @@ class Batch:
 
 def decide(batch: Batch, samples: TokenSamples, canvas: Canvas) -> Decision:
     """What each row's own policy decides, complete."""
+    return Decision(*of_each_row(batch, lambda policy: complete(policy.rule(samples, canvas), samples, canvas)))
+
+
+def noise_level(batch: Batch) -> Tensor:
+    """``-log(1 - (1 - 1e-3) t)``, where ``t`` is the time of each row's canvas: ``[rows]`` float32.
+
+    MDLM's total noise of the log-linear schedule, under which a share ``(1 - 1e-3) t`` is masked.
+    """
+    canvas = batch.canvas()
+    (time,) = of_each_row(batch, lambda policy: (policy.time(canvas),))
+    return -torch.log1p(-(1 - 1e-3) * time)
+
+
+def of_each_row(batch: Batch, of: Callable[[Policy], Sequence[Any]]) -> Sequence[Any]:
+    """From what each policy says of all rows, tensors ``[rows, ...]``, to what each row's own policy says of it."""
     rows = batch.rows
     policies = list(dict.fromkeys(row.policy for row in rows))
-    decisions = [complete(policy.rule(samples, canvas), samples, canvas) for policy in policies]
+    said = [of(policy) for policy in policies]
     if len(policies) == 1:
-        return decisions[0]
+        return said[0]
     which = batch.index_of([policies.index(row.policy) for row in rows])
-    chosen = (
-        torch.stack(parts)[which, batch.index_of(list(range(len(rows))))] for parts in zip(*decisions, strict=True)
-    )
-    return Decision(*chosen)
+    everyone = batch.index_of(list(range(len(rows))))
+    return [torch.stack(parts)[which, everyone] for parts in zip(*said, strict=True)]
 
 
 def complete(decided: Tensor | Decision, samples: TokenSamples, canvas: Canvas) -> Decision:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_runtime.cache import CachedContext, Pages
-from diffusion_runtime.denoising.batch import Batch
+from diffusion_runtime.denoising.batch import Batch, noise_level
 from diffusion_runtime.denoising.rows import Row
 from diffusion_runtime.models import LanguageModel
 from diffusion_runtime.nn import AttentionContext
@@ -37,6 +37,8 @@ class Forward:
     """
 
     def __init__(self, model: LanguageModel, cache: str, refresh_interval: int | None, guidance_scale: float) -> None:
+        if cache == "block" and model.noise_conditioned:
+            raise ValueError("cache 'block' would keep keys of other noise levels, which the model is conditioned on")
         self.model = model
         self.cache = cache
         self.refresh_interval = refresh_interval
@@ -135,7 +137,7 @@ class Forward:
         if index is not None:
             tokens, positions = tuple(x[index] for x in tokens), positions[index]
         computed = context.positions(tokens[0]).clamp(max=batch.tokens.shape[1] - 1)
-        states = self.model.hidden(torch.cat(tokens).gather(1, computed), context)
+        states = self._hidden(batch, index, torch.cat(tokens).gather(1, computed), context)
         return self._at(states, positions - context.starts[: len(rows), None])
 
     def _uncached(self, batch: Batch, *tokens: Tensor) -> Tensor:
@@ -146,12 +148,21 @@ class Forward:
         if batch.ragged:
             lengths = batch.lengths[:, 0].clamp(max=stop).repeat(len(tokens))
             context = AttentionContext(context.mask, lengths)
-        states = self.model.hidden(torch.cat([x[:, :stop] for x in tokens]), context)
+        states = self._hidden(batch, None, torch.cat([x[:, :stop] for x in tokens]), context)
         blocks = {(row.blocks[0].start, row.blocks[0].stop) if row.blocks else None for row in batch.rows}
         block = blocks.pop()
         if block is None or blocks or self.model.shifted:
             return self._at(states, batch.position)
         return states[:, slice(*block)]  # a view
+
+    def _hidden(self, batch: Batch, rows: Tensor | None, tokens: Tensor, context: AttentionContext) -> Tensor:
+        """Of these rows, or all, in each branch."""
+        level = {}
+        if self.model.noise_conditioned:
+            sigma = noise_level(batch)
+            sigma = sigma if rows is None else sigma[rows]
+            level = {"sigma": sigma.repeat(len(tokens) // len(sigma))}
+        return self.model.hidden(tokens, context, **level)
 
     def _at(self, states: Tensor, positions: Tensor) -> Tensor:
         """The states that belong to these positions; each branch has the same."""

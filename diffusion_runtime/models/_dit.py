@@ -162,6 +162,11 @@ class DiT(LanguageModel):
         return Head(output.linear.weight, output.linear.bias)
 
     @property
+    def noise_conditioned(self) -> bool:
+        conditioned: bool = self.config.time_conditioning
+        return conditioned
+
+    @property
     def key_shape(self) -> KeyShape:
         return KeyShape(self.config.n_blocks, self.config.n_heads, self.config.hidden_dim // self.config.n_heads)
 

@@ -58,6 +58,11 @@ class LanguageModel(nn.Module, ABC):
         return None
 
     @property
+    def noise_conditioned(self) -> bool:
+        """Whether :meth:`hidden` is to be given the noise level of each row."""
+        return False
+
+    @property
     @abstractmethod
     def head(self) -> Head | None:
         """The LM head; None where :meth:`hidden` gives logits."""

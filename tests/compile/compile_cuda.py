@@ -1,9 +1,9 @@
-"""Compiles every ``csrc/cuda/*.cu`` for GPUs that need not be here, and reads what the assembler says of each kernel.
+"""Reads what nvcc made of each CUDA kernel, out of the built module: it needs no GPU.
 
-    python tests/compile/compile_cuda.py [name ...]     # only the files so named
+    python tests/compile/compile_cuda.py [word ...]     # only the kernels whose names hold one of these
 
-Fails where a kernel spills registers or keeps a stack frame: both mean that something sits in memory that was meant to
-sit in a register; where it does not read its inputs by 16 bytes; and where it lacks an instruction that it is built
+Fails where a kernel keeps a stack frame, which is where spilled registers lie: something sits in memory that was meant
+to sit in a register; where it does not read its inputs by 16 bytes; and where it lacks an instruction that it is built
 around (``OPCODES``). Skipped only where there is no nvcc.
 """
 
@@ -14,13 +14,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("80", "90a")  # as in setup.py
+MODULE = "diffusion_runtime._C_cuda"
+TARGETS = ("sm_80", "sm_90a")  # as in setup.py
 
 # of inputs that nobody writes, by each way there is: a load, a copy to shared memory, a tile by the copy engine
 WIDE_LOAD = r"LDG\S*\.128\S*\.CONSTANT|LDGSTS\S*\.128|UTMALDG"
@@ -48,10 +49,9 @@ BETWEEN = {"attention_hopper_kernel": (r"DEPBAR\.LE gsb0, 0x1", r"DEPBAR\.LE gsb
 # the only target of a kernel, by a word of its name: compiled to nothing for the others
 ONLY = {"hopper": "sm_90a"}
 
-PTXAS = re.compile(
-    r"Compiling entry function '(?P<entry>\S+)' for '(?P<target>\S+)'"
-    r"|(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
-    r"|Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?"
+RESOURCES = re.compile(
+    r"arch = (?P<target>sm_\w+)|Function (?P<entry>\S+):"
+    r"|REG:(?P<registers>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)"
 )
 SASS = re.compile(
     r"arch = (?P<target>sm_\w+)|Function : (?P<entry>\S+)|^\s+/\*[0-9a-f]+\*/\s+(?P<code>.*);", re.MULTILINE
@@ -59,20 +59,18 @@ SASS = re.compile(
 
 
 class Usage(NamedTuple):
-    """What one kernel takes on one target, as ptxas says it."""
+    """What one kernel takes on one target."""
 
     name: str
     target: str
     registers: int
-    stack: int
-    spills: int
+    stack: int  # bytes, those of spilled registers among them
     shared: int  # the static part
     missing: tuple[str, ...]  # of the instructions that it must have
 
     @property
     def faults(self) -> str:
         found = [f"a stack frame of {self.stack} bytes"] if self.stack else []
-        found += [f"{self.spills} bytes of spills"] if self.spills else []
         found += [f"no {opcode}" for opcode in self.missing]
         return " and ".join(found)
 
@@ -93,29 +91,25 @@ def find_cuobjdump(nvcc: str) -> str:
     return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
 
 
-def usages_of(nvcc: str, cuobjdump: str, source: Path) -> list[Usage]:
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder, "kernel.o")
-        command = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-Xptxas",
-            "-v",
-            "-c",
-            "-o",
-            str(compiled),
-            "--threads",
-            str(len(TARGETS)),
-        ]
-        command += [f"-I{ROOT / include}" for include in ("csrc/include", "csrc/cuda")]
-        command += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in TARGETS]
-        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{source.name} does not compile\n{done.stdout}{done.stderr}")
-        sass = subprocess.run([cuobjdump, "-sass", str(compiled)], capture_output=True, text=True, check=True).stdout
+def built_module(nvcc: str) -> Path:
+    """The extension module, which must be newer than what it is made of."""
+    found = find_spec(MODULE)
+    if found is None or found.origin is None:
+        sys.exit(f"{nvcc} is there and {MODULE} is not: the build failed, or left it out")
+    module = Path(found.origin)
+    sources = [path for folder in ("cuda", "include") for path in (ROOT / "csrc" / folder).iterdir()]
+    if newer := [path.name for path in sources if path.stat().st_mtime > module.stat().st_mtime]:
+        sys.exit(f"{module.name} is older than {newer[0]}: build it again")
+    return module
+
+
+def usages_of(cuobjdump: str, module: Path) -> list[Usage]:
+    resources, sass = (
+        subprocess.run([cuobjdump, option, str(module)], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
     instructions = instructions_of(sass)
-    return [with_instructions(usage, instructions[usage[:2]]) for usage in read_report(done.stdout + done.stderr)]
+    return [with_instructions(usage, instructions[usage[:2]]) for usage in read_resources(resources)]
 
 
 def instructions_of(sass: str) -> defaultdict[tuple[str, str], list[str]]:
@@ -148,18 +142,15 @@ def count_between(instructions: list[str], first: str, last: str, what: str) -> 
     return sum(bool(re.search(what, code)) for code in rest[:end])
 
 
-def read_report(report: str) -> list[Usage]:
-    """Each kernel's line of the table. The stack and spills of functions it calls count as its own."""
+def read_resources(report: str) -> list[Usage]:
+    """Each kernel's line of the table."""
     usages: list[Usage] = []
-    name, target, stack, spills = "", "", 0, 0
-    for match in PTXAS.finditer(report):
-        if match["entry"]:
-            name, target, stack, spills = match["entry"], match["target"], 0, 0
-        elif match["stack"]:
-            stack += int(match["stack"])
-            spills += int(match["stores"]) + int(match["loads"])
-        else:
-            usages.append(Usage(name, target, int(match["registers"]), stack, spills, int(match["shared"] or 0), ()))
+    name, target = "", ""
+    for match in RESOURCES.finditer(report):
+        name, target = match["entry"] or name, match["target"] or target
+        if match["registers"]:
+            stack = int(match["stack"]) + int(match["local"])
+            usages.append(Usage(name, target, int(match["registers"]), stack, int(match["shared"]), ()))
     return usages
 
 
@@ -172,29 +163,22 @@ def readable(name: str) -> str:
     return re.sub(r"(\(anonymous namespace\)|\w+)::", "", without_parameters)
 
 
-def main(names: list[str]) -> None:
+def main(words: list[str]) -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         print("skipped: no CUDA kernel was compiled, because there is no nvcc in CUDA_HOME/bin or on PATH")
         return
-    sources = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.stem in names or not names]
-    if not sources:
-        sys.exit(f"there is no .cu file in csrc/cuda{' so named' if names else ''}")
-    cuobjdump = find_cuobjdump(nvcc)
-    numbers = f"{'registers':>9s} {'stack':>5s} {'spills':>6s} {'static shared':>13s}"
-    print(f"{'kernel':64s} {'target':7s} {numbers}")
-    faults = []
-    for source in sources:
-        usages = usages_of(nvcc, cuobjdump, source)
-        if not usages:
-            sys.exit(f"{source.name}: ptxas names no kernel")
-        for usage in usages:
-            title = f"{source.stem}: {readable(usage.name)}"
-            numbers = f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:13d}"
-            print(f"{title:64s} {usage.target:7s} {numbers}", flush=True)
-            if usage.faults:
-                faults.append(f"{title}, {usage.target}: {usage.faults}")
-    if faults:
+    usages = usages_of(find_cuobjdump(nvcc), built_module(nvcc))
+    if {usage.target for usage in usages} != set(TARGETS):
+        sys.exit(f"the module must be built for {TARGETS[0]} and {TARGETS[1]}")
+    chosen = [usage for usage in usages if not words or any(word in usage.name for word in words)]
+    if not chosen:
+        sys.exit("there is no kernel so named")
+    print(f"{'kernel':72s} {'target':7s} {'registers':>9s} {'stack':>5s} {'static shared':>13s}")
+    titled = sorted((readable(usage.name), usage) for usage in chosen)
+    for title, usage in titled:
+        print(f"{title:72s} {usage.target:7s} {usage.registers:9d} {usage.stack:5d} {usage.shared:13d}")
+    if faults := [f"{title}, {usage.target}: {usage.faults}" for title, usage in titled if usage.faults]:
         sys.exit("\n".join(faults))
 
 

@@ -10,20 +10,18 @@ digits that its peers leave to it, and every later layer is read by the final he
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 from sudoku_data import batches, held_out, training_bases
 from torch import Tensor, nn
 from torch.nn import functional
+from training import Average, Scheduled, optimizers, save
 
 from diffusion_runtime import ops, sudoku
 from diffusion_runtime.models import LLaDA, LLaDAConfig
@@ -31,6 +29,17 @@ from diffusion_runtime.nn import rotary_angles
 
 POSITION_LAYER = 1
 CANDIDATE_LAYER = 2
+# what config.json says beside the sizes, under LLaDA's names
+CONFIG: dict[str, Any] = {
+    "model_type": "llada",
+    "architectures": ["LLaDAModelLM"],
+    "max_sequence_length": sudoku.LENGTH,
+    "activation_type": "silu",
+    "block_type": "llama",
+    "layer_norm_type": "rms",
+    "rope": True,
+    "bos_token_id": sudoku.BOS,
+}
 _CELL = torch.arange(81)
 # [81, 3]: the row, column and box of each cell, as classes 0 to 26
 _UNITS = torch.stack((_CELL // 9, _CELL % 9 + 9, _CELL // 27 * 3 + _CELL % 9 // 3 + 18), 1)
@@ -110,18 +119,6 @@ def initialise(model: LLaDA, seed: int) -> None:
         nn.init.normal_(weight, std=std)
 
 
-def optimizers(objective: Objective, lr: float, matrix_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; AdamW for all where ``matrix_lr`` is 0."""
-    named = list(objective.named_parameters())
-    matrices = [p for name, p in named if "blocks" in name and p.ndim == 2 and matrix_lr > 0]
-    chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
-    adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if not matrices:
-        return [adam]
-    return [adam, torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
-
-
 def solve_rate(model: LLaDA, pairs: list[tuple[sudoku.Board, sudoku.Board]], device: torch.device) -> float:
     """The share of puzzles solved when the most confident cell is committed at every forward."""
     tokens = sudoku.encode(puzzle for puzzle, _ in pairs).to(device)
@@ -134,31 +131,6 @@ def solve_rate(model: LLaDA, pairs: list[tuple[sudoku.Board, sudoku.Board]], dev
         tokens[rows[unfinished], place[unfinished]] = digit[rows, place][unfinished] + 1
     boards = sudoku.decode(tokens.cpu())
     return sum(board == solution for board, (_, solution) in zip(boards, pairs, strict=True)) / len(pairs)
-
-
-def save(model: LLaDA, folder: Path) -> None:
-    """Write ``config.json`` under LLaDA's names, and the weights rounded to bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "model_type": "llada",
-        "architectures": ["LLaDAModelLM"],
-        **{name: value for name, value in asdict(model.config).items() if value is not None},
-        "max_sequence_length": sudoku.LENGTH,
-        "activation_type": "silu",
-        "block_type": "llama",
-        "layer_norm_type": "rms",
-        "rope": True,
-        "bos_token_id": sudoku.BOS,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    weights = {name: weight.detach().cpu().bfloat16().contiguous() for name, weight in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def schedule(progress: float, warm_up: float) -> float:
-    """The factor of the learning rate: up linearly, then down a cosine to zero."""
-    return min(1.0, progress / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def train(args: argparse.Namespace, examples: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -178,32 +150,23 @@ def train(args: argparse.Namespace, examples: Iterator[tuple[Tensor, Tensor, Ten
     objective = Objective(model).to(device)
     count = sum(weight.numel() for weight in model.parameters())
     print(f"{count} parameters, {2 * count} bytes of weights; {vars(args)}", flush=True)
-    steps = optimizers(objective, args.lr, args.matrix_lr)
-    peaks = [group["lr"] for step in steps for group in step.param_groups]
+    scheduled = Scheduled(optimizers(objective, "blocks", args.lr, args.matrix_lr), args.warm_up)
     loss_of = torch.compile(objective) if args.compile else objective
-    average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    average = Average(model, args.average)
     validation = [held_out(low, low + 4, 64, skip=1000) for low in (36, 31, 26)]
     start = last_save = time.monotonic()
     num_steps, seen = 0, 0
     smooth: Tensor | None = None
     while (elapsed := time.monotonic() - start) < 60 * args.minutes:
-        factor = schedule(elapsed / (60 * args.minutes), args.warm_up)
-        for group, peak in zip((g for step in steps for g in step.param_groups), peaks, strict=True):
-            group["lr"] = peak * factor
         visible, solution, _ = next(examples)
         tokens = sudoku.encode([[0] * 81]).repeat(len(visible), 1)
         tokens[:, sudoku.CELL_POSITIONS] = visible
         with torch.autocast(device.type, torch.bfloat16):
             loss, final = loss_of(tokens.to(device), visible.to(device), solution.to(device))
         loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        for step in steps:
-            step.step()
-            step.zero_grad(set_to_none=True)
+        scheduled.step(objective.parameters(), elapsed / (60 * args.minutes))
+        average.update()
         num_steps, seen = num_steps + 1, seen + len(visible)
-        decay = min(args.average, num_steps / (num_steps + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - decay)
         smooth = final.detach() if smooth is None else smooth.lerp(final.detach(), 0.02)
         if num_steps % args.log_every == 0:
             now = time.monotonic() - start
@@ -221,15 +184,15 @@ def train(args: argparse.Namespace, examples: Iterator[tuple[Tensor, Tensor, Ten
 
 def checkpoint(
     model: LLaDA,
-    average: dict[str, Tensor],
+    average: Average,
     folder: Path,
     validation: list[list[tuple[sudoku.Board, sudoku.Board]]],
     device: torch.device,
 ) -> None:
     """Save the averaged weights, and print the share of the validation puzzles that they solve."""
     averaged = LLaDA(model.config).to(device)
-    averaged.load_state_dict(average)
-    save(averaged, folder)
+    averaged.load_state_dict(average.weights)
+    save(averaged, folder, CONFIG)
     rates = [f"{solve_rate(averaged, pairs, device):.3f}" for pairs in validation]
     print(
         f"saved; solved of 64 validation puzzles with 36 to 40, 31 to 35, 26 to 30 givens: {' '.join(rates)}",

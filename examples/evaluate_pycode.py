@@ -1,0 +1,183 @@
+"""The table of the Python model: masked tokens, whole lines and whole functions of held-out modules.
+
+    python examples/evaluate_pycode.py
+
+The held-out modules are those of ``pycode_data.HELD_OUT``, as they lie beside the interpreter. First it is checked that
+no function of theirs is in the modules trained on, and said whether the sources are those of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pycode_data
+import torch
+from pycode_ngram import TwoSided
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import diffusion_runtime
+from diffusion_runtime import Denoiser, Request, load
+from diffusion_runtime.decoding import Policy, threshold
+from diffusion_runtime.models import LanguageModel
+
+SHIPPED = Path(diffusion_runtime.__file__).parent / "checkpoints" / "pycode"
+# a name, a policy, and its settings
+POLICIES: tuple[tuple[str, str | Policy, dict[str, Any]], ...] = (
+    ("low_confidence, one a forward", "low_confidence", {}),
+    ("topk_margin, one a forward", "topk_margin", {}),
+    ("entropy, one a forward", "entropy", {}),
+    ("random, one a forward", "random", {}),
+    ("low_confidence, 8 forwards a block", "low_confidence", {"steps_per_block": 8}),
+    ("low_confidence, 4 forwards a block", "low_confidence", {"steps_per_block": 4}),
+    ("threshold 0.9", "threshold", {}),
+    ("threshold 0.7", Policy(partial(threshold, threshold=0.7), scheduled=False), {}),
+    ("eb_sampler", "eb_sampler", {}),
+    ("sdar_dynamic", "sdar_dynamic", {}),
+)
+
+
+class Line(NamedTuple):
+    """A line of a held-out module, and what stands around it."""
+
+    left: list[int]  # a whole number of blocks
+    hidden: list[int]
+    right: list[int]  # to the end of the block
+
+
+def lines_of(texts: list[str], tokenizer: Tokenizer, block: int, count: int) -> list[Line]:
+    """Lines of code of 4 to 20 tokens, their break and indentation not among them, each at the start of a block."""
+    found = []
+    for text in texts:
+        ids = tokenizer.encode(text).ids
+        breaks = [i for i, token in enumerate(ids) if tokenizer.id_to_token(token).startswith("Ċ")]
+        for start, stop in pairwise(breaks):
+            code = tokenizer.decode(ids[start + 1 : stop]).strip()
+            left = (start + 1) // block * block
+            if 4 <= stop - start - 1 <= 20 and code and not code.startswith("#") and left >= block:
+                first = start + 1 - min(left, 6 * block)
+                found.append(Line(ids[first : start + 1], ids[start + 1 : stop], ids[stop : start + 1 + block]))
+    return random.Random(0).sample(found, count)
+
+
+def infilled(model: LanguageModel, lines: list[Line], batch: int, **settings: Any) -> tuple[float, float, float]:
+    """The share of lines got right, tokens for each forward, and seconds."""
+    denoiser = Denoiser(model, **settings)
+    blank = [model.mask_token_id]
+    requests = [Request([*line.left, *blank * len(line.hidden), *line.right], name=line) for line in lines]
+    start = time.perf_counter()
+    results = list(denoiser.serve(requests, batch_size=batch))
+    seconds = time.perf_counter() - start
+    right = sum(
+        r.tokens[len(r.request.name.left) :][: len(r.request.name.hidden)].tolist() == r.request.name.hidden
+        for r in results
+    )
+    tokens = sum(len(line.hidden) for line in lines)
+    return right / len(lines), tokens / sum(r.num_forwards for r in results), seconds
+
+
+def masked_accuracy(model: LanguageModel, baseline: TwoSided, windows: Tensor, share: float) -> tuple[float, float]:
+    """Of tokens hidden at random in the last block of each window, those that the model and the baseline get right."""
+    block = model.block_length or windows.shape[1]
+    hidden = torch.zeros_like(windows, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    hidden[:, -block:] = torch.rand(len(windows), block, generator=generator) < share
+    with torch.no_grad():
+        ours = torch.cat([model(x) for x in windows.masked_fill(hidden, model.mask_token_id).split(8)]).argmax(-1)
+    rows = zip(windows.tolist(), hidden.tolist(), strict=True)
+    theirs = torch.tensor([baseline.fill(row, holes) for row, holes in rows])
+    right = [float((answer == windows)[hidden].float().mean()) for answer in (ours, theirs)]
+    return right[0], right[1]
+
+
+def completed(model: LanguageModel, tokenizer: Tokenizer, texts: list[str], count: int, **settings: Any) -> list[str]:
+    """The first lines of held-out functions, continued by at most 96 tokens, to the end of the last whole line."""
+    heads = [body.split(":\n", 1)[0] + ":" for text in texts for body in pycode_data.functions(text) if ":\n" in body]
+    one_line = [head for head in heads if "\n" not in head]
+    chosen = random.Random(0).sample(one_line, count)
+    end = tokenizer.token_to_id(pycode_data.END)
+    requests = [
+        Request(tokenizer.encode(head).ids, max_new_tokens=96, stop_token_ids=[end], seed=seed, name=head)
+        for seed, head in enumerate(chosen)
+    ]
+    answers = []
+    for result in Denoiser(model, **settings).serve(requests):
+        text = str(result.request.name) + tokenizer.decode(result.new_tokens)
+        answers.append(text if result.finish_reason == "stop" else text.rpartition("\n")[0] + "\n")
+    return answers
+
+
+def parses(text: str) -> bool:
+    """Whether it is Python."""
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
+    parser.add_argument("--lines", type=int, default=300)
+    parser.add_argument("--functions", type=int, default=100)
+    parser.add_argument("--show", type=int, default=0, help="completed functions to print")
+    args = parser.parse_args()
+    model = load(args.checkpoint, dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(args.checkpoint / "tokenizer.json"))
+    training, held_out = pycode_data.split()
+    texts = list(held_out.values())
+    check_apart(training, held_out)
+    said = json.loads((args.checkpoint / "training.json").read_text())
+    for name, digest in (("training", pycode_data.digest(training)), ("held-out", pycode_data.digest(held_out))):
+        print(f"{name} sources: {'those of the training' if said[name] == digest else 'of another Python'}")
+
+    windows = pycode_data.Windows(training, tokenizer, 256, 0)
+    baseline = TwoSided(windows.stream, tokenizer.get_vocab_size())
+    sample = pycode_data.Windows(held_out, tokenizer, 256, 0).batch(200)
+    print("\n| hidden in a block | right | n-grams |\n|---|---|---|")
+    for share in (0.15, 0.5, 0.85):
+        ours, theirs = masked_accuracy(model, baseline, sample, share)
+        print(f"| {share:.0%} | {ours:.1%} | {theirs:.1%} |", flush=True)
+
+    lines = lines_of(texts, tokenizer, model.block_length or 32, args.lines)
+    right = sum(baseline.between(line.left, len(line.hidden), line.right) == line.hidden for line in lines)
+    print(f"\n{len(lines)} lines; n-grams, from both sides: {right / len(lines):.1%}")
+    columns = ("policy", "cache", "lines right", "tokens a forward", "s, one at a time", "s, 8 together")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, policy, settings in POLICIES:
+        for cache in ("none", "block"):
+            one = infilled(model, lines, 1, policy=policy, cache=cache, **settings)
+            eight = infilled(model, lines, 8, policy=policy, cache=cache, **settings)
+            print(f"| {name} | {cache} | {one[0]:.1%} | {one[1]:.2f} | {one[2]:.1f} | {eight[2]:.1f} |", flush=True)
+
+    for temperature in (0.0, 0.7):
+        answers = completed(model, tokenizer, texts, args.functions, policy="low_confidence", temperature=temperature)
+        share = sum(map(parses, answers)) / len(answers)
+        print(f"\ntemperature {temperature}: ast.parse accepts {share:.0%} of {len(answers)} completed functions")
+        for answer in answers[: args.show]:
+            print(f"\n{answer}")
+
+
+def check_apart(training: dict[str, str], held_out: dict[str, str]) -> None:
+    """No module is in both, and no function of three lines or more.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    known = {body for text in training.values() for body in pycode_data.functions(text)}
+    shared = [b for text in held_out.values() for b in pycode_data.functions(text) if b.count("\n") >= 3 and b in known]
+    if shared or training.keys() & held_out.keys():
+        raise RuntimeError(f"{len(shared)} held-out functions were trained on")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,46 @@ def optimizers(objective: nn.Module, layers: str, lr: float, matrix_lr: float) -
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     if not matrices:
         return [adam]
-    return [adam, torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+    return [adam, Muon(matrices, lr=matrix_lr, weight_decay=0.01)]
+
+
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` (Jordan et al., 2024) with ``adjust_lr_fn="match_rms_adamw"``, in float32.
+
+    Torch's orthogonalises in bfloat16, which many CPUs only emulate: for 3 million parameters 5 s instead of 0.2 s.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Matrices of one shape are orthogonalised together."""
+        del closure
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for matrices in by_shape.values():
+                updates = []
+                for matrix in matrices:
+                    average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                    average.lerp_(matrix.grad, 1 - group["momentum"])
+                    updates.append(matrix.grad.lerp(average, group["momentum"]))
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(matrices[0].shape) ** 0.5
+                torch._foreach_sub_(matrices, list(orthogonal(torch.stack(updates)) * (size * group["lr"])))
+
+
+def orthogonal(x: Tensor, num_steps: int = 5) -> Tensor:
+    """Near the closest matrix with orthogonal rows or columns, by Newton and Schulz: ``[count, rows, columns]``."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(num_steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
 
 
 class Scheduled:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_runtime import ops
 from diffusion_runtime.cache import check_cache
+from diffusion_runtime.constraints import Automaton
 from diffusion_runtime.decoding import Policy, Rule, UniformDiffusion, as_policy
 from diffusion_runtime.denoising import (
     Batch,
@@ -24,6 +25,7 @@ from diffusion_runtime.denoising import (
     check_prompts,
     decide,
     denoise_noise,
+    judge_rows,
     last_tokens,
     num_steps_per_block,
     result_of,
@@ -64,6 +66,7 @@ class Denoiser:
             whose states are combined before the head. 0: none.
         suppress: tokens that are never drawn, at any temperature, and have no share in a confidence.
         stop_token_ids: a sequence ends at the first of these, once everything before it is decided.
+        constraint: a language that answers are in; see :class:`~diffusion_runtime.Request`.
         mask_token_id: the token of an undecided position. None: ``model.mask_token_id``. It is never a candidate.
             Uniform diffusion has none.
         cache: what is not computed again: see :mod:`diffusion_runtime.cache`. None: ``"block"``, which is exact, where
@@ -95,6 +98,7 @@ class Denoiser:
         guidance_scale: float = 0.0,
         suppress: Sequence[int] = (),
         stop_token_ids: Sequence[int] = (),
+        constraint: Automaton | None = None,
         mask_token_id: int | None = None,
         cache: str | None = None,
         refresh_interval: int | None = None,
@@ -108,9 +112,11 @@ class Denoiser:
             raise ValueError(f"guidance_scale must be finite and at least 0, got {guidance_scale}")
         self.model = model
         if isinstance(self.policy, UniformDiffusion):
-            options = (top_k, top_p, min_p, mask_token_id, cache, refresh_interval)
+            options = (top_k, top_p, min_p, constraint, mask_token_id, cache, refresh_interval)
             if any(option is not None for option in options) or any((temperature, guidance_scale, check_every > 1)):
-                raise ValueError("uniform diffusion has temperatures of its own and no mask token, cache or cuts")
+                raise ValueError(
+                    "uniform diffusion has temperatures of its own and no mask token, cache, cuts or constraint"
+                )
             if suppress or stop_token_ids:
                 raise ValueError("uniform diffusion takes neither suppress nor stop_token_ids")
             mask_token_id = -1  # which no token is
@@ -134,6 +140,7 @@ class Denoiser:
             min_p=min_p,
             suppress=suppress,
             stop_token_ids=stop_token_ids,
+            constraint=constraint,
         )
         cache = cache or ("none" if grid is None or self.language_model.noise_conditioned else "block")
         check_cache(cache, grid, refresh_interval, has_keys=self.language_model.key_shape is not None)
@@ -247,7 +254,8 @@ class Denoiser:
             samples = ops.sample_tokens(states, **arguments, backend=self.backend)
         else:
             samples = ops.sample_from_hidden(states, head.weight, bias=head.bias, **arguments, backend=self.backend)
-        commit_mask = batch.apply(decide(batch, samples, canvas), samples, canvas)
+        decision = judge_rows(batch, decide(batch, samples, canvas), samples, canvas)
+        commit_mask = batch.apply(decision, samples, canvas)
         for row in batch.rows:
             row.index += 1
             row.num_forwards += bool(row.blocks)
@@ -256,14 +264,14 @@ class Denoiser:
     def _advance(self, batch: Batch) -> None:
         """Move the rows whose block is done on to the next one, or to their end."""
         looks = batch.tokens.device.type == "cpu" or (
-            any(row.policy.adaptive or not row.policy.scheduled for row in batch.rows)
+            any(row.policy.adaptive or not row.fixed_steps for row in batch.rows)
             and max(row.index for row in batch.rows) % self.check_every == 0
         )
         live = batch.live.tolist() if looks else [True] * len(batch.rows)
         done = [
             i
             for i, row in enumerate(batch.rows)
-            if row.blocks and (not live[i] or (row.policy.scheduled and row.index >= row.num_steps))
+            if row.blocks and (not live[i] or (row.fixed_steps and row.index >= row.num_steps))
         ]
         for i in done:
             batch.rows[i].next_block()
@@ -278,7 +286,7 @@ class Denoiser:
         rows, tokens = [], []
         for request in requests:
             padded = request.with_masks(self.mask_token_id)
-            rows.append(row_of(request, self.defaults, (padded == self.mask_token_id).tolist()))
+            rows.append(row_of(request, self.defaults, padded.tolist(), self.mask_token_id))
             tokens.append(padded.to(device))
         self._forward.begin(rows)
         return Batch(rows, tokens, self.mask_token_id, device)

@@ -197,6 +197,17 @@ def test_requests_and_a_policy_of_ones_own(capsys):
     assert page.tokens.shape == (1, 11)
 
 
+def test_answers_in_a_language(capsys):
+    page = functions("constraints.md")
+    texts = [page.tokenizer.decode(result.new_tokens) for result in page.denoiser.serve(page.requests, batch_size=1)]
+    assert capsys.readouterr().out.splitlines() == texts
+    (date,) = (text for text in texts if "{" not in text)
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", date)
+    (born,) = (json.loads(text) for text in texts if "{" in text)
+    assert born["name"] in ("Ada", "Alan")
+    assert isinstance(born["born"], int)
+
+
 def test_the_policies_of_the_page_are_those_there_are():
     table = (DOCS / "decoding.md").read_text().split("## Policies")[1].split("*Raw*")[0]
     assert set(re.findall(r"`([a-z0-9_.]+)`", re.sub(r"\| [^|]* \| [^|]* \| [^|]* \|$", "", table, flags=re.M))) == set(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusion_runtime"
 LINES = 300
 
-BELOW_DENOISER = {"denoising", "decoding", "cache", "models", "nn", "ops", "trace", "loading"}
+BELOW_DENOISER = {"constraints", "denoising", "decoding", "cache", "models", "nn", "ops", "trace", "loading"}
 
 # a room, which is a file or a folder of the package: the other rooms that it may import
 ROOMS: dict[str, set[str]] = {
@@ -22,9 +22,10 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"__version__", "denoiser", "sudoku", *BELOW_DENOISER},
     "denoiser": BELOW_DENOISER,
     "integrations": {"denoiser", *BELOW_DENOISER},
-    "denoising": {"decoding", "cache", "models", "nn", "ops"},
+    "denoising": {"constraints", "decoding", "cache", "models", "nn", "ops"},
     "memory": {"cache", "models"},
     "decoding": {"ops"},
+    "constraints": set(),
     "cache": {"nn", "ops"},
     "models": {"nn", "ops"},
     "loading": {"models", "nn"},
@@ -41,6 +42,7 @@ ONLY_INSIDE_FUNCTIONS = {"ops": {"kernels", "_C", "_C_cuda"}}  # may be absent, 
 OWNERS = {
     "triton": ("kernels/", "diffusion_runtime/testing.py"),
     "rich": ("diffusion_runtime/cli",),
+    "outlines_core": ("diffusion_runtime/constraints/languages.py",),
     "tokenizers": ("diffusion_runtime/cli",),
     "huggingface_hub": ("diffusion_runtime/cli", "diffusion_runtime/loading.py"),
     "safetensors": ("diffusion_runtime/loading.py",),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_runtime.cache import CachedContext
 from diffusion_runtime.decoding import Canvas, Decision, Policy
+from diffusion_runtime.denoising.constrained import allowed_by_constraints
 from diffusion_runtime.denoising.rows import Row
 from diffusion_runtime.ops import TokenSamples, pack_allowed
 
@@ -104,7 +105,7 @@ class Batch:
             "position": canvas.position,
             "step": canvas.step,
             "masked": canvas.masked | (canvas.editable & settings.revises[:, None]),
-            "allowed": self.allowed(vocab),
+            "allowed": allowed_by_constraints(self, self.allowed(vocab), vocab),
             # a committed mask token would stay undecided for ever
             "suppress": [self.mask_token_id] if self.mask_token_id < vocab else None,
             "statistics": "restricted",
@@ -162,8 +163,9 @@ class Batch:
         self.refresh()
 
     def allowed(self, vocab: int) -> Tensor | None:
-        """What each position of the current blocks may draw, packed; None where no row has a rule of its own."""
-        if self.words is not None or not any(row.suppress or row.request.min_new_tokens for row in self.rows):
+        """What each position of the current blocks may draw but for constraints, packed; None: everything."""
+        rules = (row.suppress or row.request.min_new_tokens or row.request.allowed is not None for row in self.rows)
+        if self.words is not None or not any(rules):
             return self.words
         allowed = torch.ones(len(self.rows), self.width, vocab, dtype=torch.bool)
         for i, row in enumerate(self.rows):
@@ -174,6 +176,11 @@ class Batch:
                 first = row.prompt_length + row.request.min_new_tokens - row.blocks[0].start
                 stops = [token for token in row.stop_token_ids if token < vocab]
                 allowed[i, : max(0, first)][:, stops] = False
+            if row.request.allowed is not None and row.blocks:
+                own = row.request.allowed[row.blocks[0]].cpu()
+                if own.shape[1] != vocab:
+                    raise ValueError(f"allowed must have {vocab} columns, one for each token, got {own.shape[1]}")
+                allowed[i, : len(own)] &= own
         self.words = pack_allowed(allowed).to(self.tokens.device)
         return self.words
 
@@ -265,7 +272,7 @@ class Settings(NamedTuple):
             **cuts,
             revises=bools([row.policy.revises for row in rows]),
             redecides=bools([row.policy.revises or row.policy.remasks for row in rows]),
-            scheduled=bools([row.policy.scheduled for row in rows]),
+            scheduled=bools([row.fixed_steps for row in rows]),
             goes_on=bools([row.policy.scheduled and row.policy.remasks for row in rows]),
         )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_runtime.constraints import Automaton
 from diffusion_runtime.decoding import Policy
 
 
@@ -28,6 +29,10 @@ class Request:
             :class:`~diffusion_runtime.Denoiser`.
         stop: called after each block with the new tokens that are decided so far, from the left without a gap; returns
             how many of them to keep if that is the end, else None. See :func:`stop_strings`.
+        allowed: ``[length + max_new_tokens, vocab]`` bool: which tokens each undecided position may be given.
+        constraint: a language (:mod:`diffusion_runtime.constraints`) of which the text must be from the first undecided
+            position to the last, or to a stop token. Whatever the order in which tokens are decided, one is only where
+            the rest can be completed. The host then waits for the device once a step.
         name: anything, to know the result by.
     """
 
@@ -46,6 +51,8 @@ class Request:
     suppress: Sequence[int] | None = None
     stop_token_ids: Sequence[int] | None = None
     stop: Callable[[list[int]], int | None] | None = None
+    allowed: Tensor | None = None
+    constraint: Automaton | None = None
     name: Any = None
 
     def __post_init__(self) -> None:
@@ -70,6 +77,13 @@ class Request:
             raise ValueError(
                 f"revisable must be {tuple(tokens.shape)} bool, got {tuple(self.revisable.shape)} "
                 f"{self.revisable.dtype}"
+            )
+        if (allowed := self.allowed) is not None and (
+            allowed.dtype != torch.bool or allowed.ndim != 2 or len(allowed) != len(tokens) + self.max_new_tokens
+        ):
+            raise ValueError(
+                f"allowed must be [{len(tokens) + self.max_new_tokens}, vocab] bool, got {tuple(allowed.shape)} "
+                f"{allowed.dtype}"
             )
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be an int of at most 64 bits, got {self.seed!r}")

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_runtime.constraints import Automaton
 from diffusion_runtime.decoding import Policy, UniformDiffusion, as_policy
+from diffusion_runtime.denoising.constrained import Constrained
 from diffusion_runtime.denoising.requests import Request, Result, check_draws
 
 
@@ -29,6 +31,7 @@ class Defaults:
     min_p: float | None
     suppress: Sequence[int]
     stop_token_ids: Sequence[int]
+    constraint: Automaton | None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "steps_per_block", "block_length"):
@@ -54,6 +57,7 @@ class Row:
     min_p: float | None
     suppress: frozenset[int]
     stop_token_ids: frozenset[int]
+    constrained: Constrained | None = None
     num_forwards: int = 0
     index: int = 0  # steps taken in the current block
     num_new_tokens: int | None = None  # where the answer stopped by itself
@@ -86,6 +90,11 @@ class Row:
             self.num_new_tokens = place
             self.blocks = []
 
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether a block is over after its steps; what a constraint left undecided takes further ones."""
+        return self.policy.scheduled and self.constrained is None
+
     def check_progress(self, live: bool) -> None:
         """A policy that decides itself when it is done has to be done some time."""
         if live and self.blocks and not self.policy.scheduled and self.index > self.most_steps:
@@ -117,11 +126,12 @@ class Row:
         return self.length - self.request.max_new_tokens
 
 
-def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
+def row_of(request: Request, defaults: Defaults, tokens: list[int], mask_token_id: int) -> Row:
     """A request with the settings that hold for it.
 
     Args:
-        masked: which of its positions are undecided, the new ones included.
+        tokens: of its positions, the new ones included.
+        mask_token_id: where undecided.
     """
 
     def own(name: str) -> Any:
@@ -135,8 +145,8 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
     if policy.scheduled and num_steps is None and per_block is None:
         num_steps, per_block = defaults.num_steps, defaults.steps_per_block
     check_num_steps(num_steps, per_block, policy)
-    changing = list(masked)
-    prompt_length = len(masked) - request.max_new_tokens
+    changing = [token == mask_token_id for token in tokens]
+    prompt_length = len(tokens) - request.max_new_tokens
     if request.revisable is not None:
         if not (policy.revises or policy.remasks):
             raise ValueError("revisable needs a policy that changes what is decided: one that revises or remasks")
@@ -145,19 +155,24 @@ def row_of(request: Request, defaults: Defaults, masked: list[bool]) -> Row:
     if request.min_new_tokens and not own("stop_token_ids"):
         raise ValueError("min_new_tokens needs stop_token_ids, which are what it holds back")
     start = 0 if any(changing[:prompt_length]) or not request.max_new_tokens else prompt_length
-    blocks = blocks_between(start, len(masked), defaults.block_length, absolute=defaults.absolute)
+    suppress, stops = frozenset(own("suppress")), frozenset(own("stop_token_ids"))
+    constrained = None
+    if (constraint := own("constraint")) is not None:
+        constrained = Constrained(constraint, request, policy, tokens, mask_token_id, suppress, stops)
+    blocks = blocks_between(start, len(tokens), defaults.block_length, absolute=defaults.absolute)
     return Row(
         request=request,
         policy=policy,
-        length=len(masked),
+        length=len(tokens),
         blocks=[block for block in blocks if any(changing[block])],
         steps_per_block=per_block or num_steps_per_block(num_steps, len(blocks)),
         temperature=own("temperature"),
         top_k=own("top_k"),
         top_p=own("top_p"),
         min_p=own("min_p"),
-        suppress=frozenset(own("suppress")),
-        stop_token_ids=frozenset(own("stop_token_ids")),
+        suppress=suppress,
+        stop_token_ids=stops,
+        constrained=constrained,
     )
 
 

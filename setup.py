@@ -162,7 +162,7 @@ with ParallelCompile("DIFFUSION_RUNTIME_BUILD_JOBS"):
     setup(
         packages=packages(),
         package_dir={"diffusion_runtime.kernels": "kernels"},
-        package_data={"diffusion_runtime": ["py.typed", "*.pyi", "checkpoints/*/*"]},
+        package_data={"diffusion_runtime": ["py.typed", "*.pyi", "checkpoints/*/*", "tracing/page.html"]},
         ext_modules=[cpu_extension(), *cuda_extensions()],
         cmdclass={"build_ext": BuildExt},
     )

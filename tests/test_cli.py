@@ -100,7 +100,7 @@ def test_generate(capsys: Captured, speaker: str, tmp_path: Path) -> None:
     assert (len(document["tokens"]), document["forwards"]) == (6, 6)
     assert 0 not in document["tokens"]
     assert document["text"] == " ".join(WORDS[token] for token in document["tokens"])
-    assert len(trace.read_text().splitlines()) == 6
+    assert len(trace.read_text().splitlines()) == 1 + 6
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out == document["text"] + "\n"

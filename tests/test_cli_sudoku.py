@@ -96,9 +96,9 @@ def test_json_and_trace(capsys: Captured, untrained: str, tmp_path: Path) -> Non
     assert (unsolved["forwards"], unsolved["num_solutions"]) == (4, 1)
     assert unsolved["seconds"] > 0
     assert (solved["puzzle"], solved["solution"], solved["solved"], solved["forwards"]) == (SOLUTION, SOLUTION, True, 0)
-    steps = [json.loads(line) for line in trace.read_text().splitlines()]
+    _, *steps = [json.loads(line) for line in trace.read_text().splitlines()]
     assert [step["step"] for step in steps] == [0, 1, 2, 3]
-    assert sum(len(step["rows"][0]) for step in steps) == PUZZLE.count(".")
+    assert sum(len(step["rows"][0]["position"]) for step in steps) == PUZZLE.count(".")
 
 
 def test_files_and_stdin_keep_the_order(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import random_llada
 
-from diffusion_runtime import Denoiser, ops, trace
+from diffusion_runtime import Denoiser, ops, tracing
 from diffusion_runtime.decoding import POLICIES, Policy, threshold
 
 MASK = 60
@@ -211,24 +211,24 @@ def test_the_mask_token_is_never_committed():
 def test_steps_and_trace():
     denoiser, prompt = Denoiser(random_llada(), num_steps=4, block_length=4), torch.randint(0, MASK, (2, 3))
     lines: list[str] = []
-    steps = list(trace.write(denoiser.stream(prompt, max_new_tokens=8), SimpleNamespace(write=lines.append)))
+    file = SimpleNamespace(write=lines.append)
+    run = denoiser.stream(prompt, max_new_tokens=8)
+    steps = list(tracing.write(run, file, tokens=prompt, mask_token_id=MASK))
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert [(step.blocks[0].start, step.blocks[0].stop) for step in steps] == [(3, 7), (3, 7), (7, 11), (7, 11)]
     seen = torch.zeros(2, 11, dtype=torch.bool)
-    for step, line in zip(steps, lines, strict=True):
+    for step, line in zip(steps, lines[1:], strict=True):
         assert not (seen & step.commit_mask).any()
         seen |= step.commit_mask
         assert torch.equal(step.tokens != MASK, seen | (torch.arange(11) < 3))
         record = json.loads(line)
         assert record["step"] == step.index
         assert record["blocks"] == [[block.start, block.stop] for block in step.blocks]
-        for row, entries in enumerate(record["rows"]):
-            assert [e["position"] for e in entries] == step.commit_mask[row].nonzero()[:, 0].tolist()
-            for e in entries:
-                assert e["token"] == step.tokens[row, e["position"]]
-                assert e["logprob"] == pytest.approx(
-                    float(step.samples.logprob[row, e["position"] - step.blocks[row].start]), abs=1e-6
-                )
+        for row, changes in enumerate(record["rows"]):
+            assert changes["position"] == step.commit_mask[row].nonzero()[:, 0].tolist()
+            assert changes["token"] == step.tokens[row, changes["position"]].tolist()
+            places = torch.tensor(changes["position"]) - step.blocks[row].start
+            assert changes["logprob"] == pytest.approx(step.samples.logprob[row, places].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,12 @@ def test_answers_in_a_language(capsys):
     assert isinstance(born["born"], int)
 
 
+def test_a_trace_from_python():
+    page = functions("tracing.md")
+    assert len(page.trace.steps) == 16
+    assert page.path.with_suffix(".html").stat().st_size < 100_000
+
+
 def test_the_policies_of_the_page_are_those_there_are():
     table = (DOCS / "decoding.md").read_text().split("## Policies")[1].split("*Raw*")[0]
     assert set(re.findall(r"`([a-z0-9_.]+)`", re.sub(r"\| [^|]* \| [^|]* \| [^|]* \|$", "", table, flags=re.M))) == set(

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffusion_runtime"
 LINES = 300
 
-BELOW_DENOISER = {"constraints", "denoising", "decoding", "cache", "models", "nn", "ops", "trace", "loading"}
+BELOW_DENOISER = {"constraints", "denoising", "decoding", "cache", "models", "nn", "ops", "tracing", "loading"}
 
 # a room, which is a file or a folder of the package: the other rooms that it may import
 ROOMS: dict[str, set[str]] = {
@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "loading": {"models", "nn"},
     "nn": {"ops"},
     "ops": set(),
-    "trace": set(),
+    "tracing": set(),
     "sudoku": set(),
     "testing": {"ops"},
 }

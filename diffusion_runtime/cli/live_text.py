@@ -12,7 +12,7 @@ from diffusion_runtime.cli.tokens import TextTokens
 if TYPE_CHECKING:
     from rich.text import Text
 
-_STYLES = {"decided": "not dim", "fresh": "not dim bold black on green", "blank": "dim"}
+STYLES = {"decided": "not dim", "fresh": "not dim bold black on green", "blank": "dim"}
 
 
 def watch(steps: Iterator[Progressed], tokens: TextTokens, *, plain: bool, quiet: bool) -> Iterator[Progressed]:
@@ -44,5 +44,5 @@ def _draw(step: Progressed, tokens: TextTokens) -> Text:
     ids, fresh = step.step.tokens[0].tolist(), step.step.commit_mask[0].tolist()
     text = Text(f"{_status(step)}\n", style="dim")  # above the text, which may be longer than the terminal
     for kind, piece in tokens.pieces(ids, fresh):
-        text.append(piece, style=_STYLES[kind])
+        text.append(piece, style=STYLES[kind])
     return text

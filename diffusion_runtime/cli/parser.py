@@ -29,6 +29,7 @@ examples:
   diffusion-runtime solve puzzles.txt --json
   diffusion-runtime generate 'The capital of France is' --model ./LLaDA-8B-Base
   diffusion-runtime infill 'The capital of [MASK:2] is Paris.' --model ./LLaDA-8B-Base
+  diffusion-runtime trace steps.jsonl --html steps.html
   diffusion-runtime doctor
 
 exit codes: 0 done, 1 a puzzle was not solved, 2 bad input or usage,
@@ -57,6 +58,11 @@ a blank of eight tokens. The folder of the model must hold a tokenizer.json."""
 _DEMO = """\
 Solves puzzles held out from training with the shipped model, and shows each
 step. Exit code 1 if one of them is not solved."""
+
+_TRACE = """\
+Shows on a terminal how a sequence was denoised, step by step, and prints it.
+With --html FILE a page is written: a slider over the steps, tokens coloured by
+the confidence they were committed with."""
 
 _DOCTOR = """\
 Shows versions, devices, and for each op which backend would run and why the
@@ -125,6 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _decoding_options(command)
         _sampling_options(command)
+
+    trace = commands.add_parser("trace", help="replay what --trace wrote, or make a page of it", description=_TRACE)
+    trace.add_argument("file", metavar="FILE", help="what --trace of solve, generate or infill wrote")
+    trace.add_argument("--html", metavar="FILE", help="write a page instead, which needs nothing but a browser")
+    trace.add_argument("--row", type=_integer(1), default=1, metavar="N", help="of several sequences (default: 1)")
+    trace.add_argument("--delay", type=_number(0), default=0.1, metavar="S", help="between steps (default: 0.1)")
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which backend runs each op", description=_DOCTOR

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from diffusion_runtime import decoding, trace
+from diffusion_runtime import decoding, tracing
 from diffusion_runtime.cli import backends
 from diffusion_runtime.cli.errors import MISSING, CommandError, killed_by_interrupt
 from diffusion_runtime.cli.output import announced
@@ -91,12 +91,20 @@ def sampling_backend(model: Any, args: argparse.Namespace) -> str:
 
 
 def denoise(
-    denoiser: Denoiser, tokens: Tensor, *, file: TextIO | None, seed: int = 0, max_new_tokens: int | None = None
+    denoiser: Denoiser,
+    tokens: Tensor,
+    *,
+    file: TextIO | None,
+    text_of: Callable[[int], bytes] | None = None,
+    about: dict[str, Any] | None = None,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
 ) -> Iterator[Progressed]:
     """Run the loop, writing a trace to ``file`` on the way; what it refuses is a CommandError."""
     steps = denoiser.stream(tokens, max_new_tokens=max_new_tokens, seed=seed)
     if file is not None:
-        steps = trace.write(steps, file)
+        mask = denoiser.mask_token_id
+        steps = tracing.write(steps, file, tokens=tokens, mask_token_id=mask, text_of=text_of, about=about)
     seconds = 0.0
     while True:
         started = time.perf_counter()

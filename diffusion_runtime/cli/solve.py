@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from diffusion_runtime import sudoku
-from diffusion_runtime.cli.errors import DONE, NOT_SOLVED
+from diffusion_runtime.cli.errors import DONE, NOT_SOLVED, CommandError
 from diffusion_runtime.cli.output import Progress, note, print_json
 from diffusion_runtime.cli.parser import check_decoding
 from diffusion_runtime.cli.puzzles import Puzzle, as_line, fault, read_puzzles
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     """Solve what the arguments name and print the answers in their order."""
     check_decoding(args)
     puzzles = read_puzzles(args.puzzles)
+    if args.trace is not None and len(puzzles) > _BATCH:
+        raise CommandError(f"--trace takes at most {_BATCH} puzzles, which are solved together, got {len(puzzles)}")
     with trace_file(args.trace) as file:
         model = load_sudoku_model(args.model, args.device, quiet=args.quiet)
         denoiser = make_denoiser(model, args)
@@ -89,7 +91,8 @@ def _solve_batch(
     tokens = sudoku.encode(puzzle.board for puzzle in puzzles).to(args.device)
     finished = [(0, 0.0)] * len(puzzles)
     progress = Progress(quiet=args.quiet)
-    for progressed in denoise(denoiser, tokens, file=file, seed=args.seed):
+    about = {"policy": args.policy, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
+    for progressed in denoise(denoiser, tokens, file=file, text_of=_text_of, about=about, seed=args.seed):
         tokens = progressed.step.tokens
         for row in progressed.step.commit_mask.any(1).nonzero()[:, 0].tolist():
             finished[row] = (progressed.num_forwards, progressed.seconds)
@@ -97,6 +100,11 @@ def _solve_batch(
         progress.update(f"{among}: forward {progressed.num_forwards}, {progressed.num_left} blanks left")
     rows = zip(puzzles, cells(tokens), finished, strict=True)
     return [Answer(puzzle, answer, *reached) for puzzle, answer, reached in rows]
+
+
+def _text_of(token: int) -> bytes:
+    """A grid: the landmark before a row is a line break."""
+    return b"" if token in (sudoku.MASK, sudoku.BOS) else str(token).encode() if token <= 9 else b"\n"
 
 
 def _count_solutions(answers: list[Answer]) -> None:

@@ -58,7 +58,9 @@ def _denoise(
 ) -> Progressed:
     batch = torch.tensor([ids], dtype=torch.int64, device=args.device)
     with trace_file(args.trace) as file:
-        steps = denoise(make_denoiser(model, args), batch, file=file, seed=args.seed, max_new_tokens=max_new_tokens)
+        about = {"policy": args.policy, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
+        told: dict[str, Any] = {"file": file, "text_of": tokens.bytes_of, "about": {"model": args.model, **about}}
+        steps = denoise(make_denoiser(model, args), batch, seed=args.seed, max_new_tokens=max_new_tokens, **told)
         # there is always something to decide, so there is a last step
         return deque(watch(steps, tokens, plain=args.json or args.quiet, quiet=args.quiet), maxlen=1).pop()
 

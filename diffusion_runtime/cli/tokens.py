@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_runtime.cli.errors import MISSING, CommandError
+from diffusion_runtime.constraints import token_bytes
 
 _FILE = "tokenizer.json"
 _BLANK = r"\[MASK(?::(\d+))?\]"
@@ -35,6 +36,7 @@ class TextTokens:
             ) from error
         self._mask_token_id = -1
         self._mask = ""
+        self._bytes: list[bytes | None] | None = None
 
     @classmethod
     def of_folder(cls, model: str) -> TextTokens | None:
@@ -105,6 +107,17 @@ class TextTokens:
         """The text of tokens, without the special ones."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text; of an unusual tokenizer, what it says alone."""
+        if self._bytes is None:
+            try:
+                self._bytes = token_bytes(self._tokenizer)
+            except ValueError:
+                self._bytes = []
+        if token < len(self._bytes):
+            return self._bytes[token] or b""
+        return self.decode([token]).encode()
 
     def pieces(self, ids: list[int], fresh: list[bool]) -> list[tuple[str, str]]:
         """A half-denoised sequence as stretches of text: ``("decided" | "fresh" | "blank", text)``."""

@@ -40,6 +40,20 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(folder, len(WORDS))
 
 
+@pytest.fixture(scope="module")
+def speller(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with a tokenizer of single bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("speller")
+    names = ["<mask>", "<end>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<mask>", "<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return write_model(folder, len(names))
+
+
 # --- usage
 
 
@@ -176,3 +190,26 @@ def test_interrupted_and_closed_pipe(monkeypatch: pytest.MonkeyPatch, capsys: Ca
     result = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_answers_in_a_language(capsys: Captured, speller: str, tmp_path: Path) -> None:
+    run = ["generate", "x", "--model", speller, "--temperature", "1", "--policy", "random", "--quiet"]
+    assert main([*run, "--regex", "[ab]{3}c+", "--stop", "<end>", "--max-new-tokens", "9"]) == 0
+    assert re.fullmatch("[ab]{3}c{1,6}\n", capsys.readouterr().out)
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    assert main([*run, "--json-schema", str(schema), "--stop", "<end>", "--max-new-tokens", "9"]) == 0
+    assert json.loads(capsys.readouterr().out) in ("yes", "no")
+    assert main(["infill", "x[MASK:2]a", "--model", speller, "--regex", "é", "--quiet"]) == 0
+    assert capsys.readouterr().out == "xéa\n"
+    assert "no text of the constraint fits 9 positions" in error_of(
+        capsys, [*run, "--regex", "a", "--max-new-tokens", "9"], 2
+    )
+    assert "cannot be used" in error_of(capsys, [*run, "--regex", "("], 2)
+    assert "No such file" in error_of(capsys, [*run, "--json-schema", "/nowhere"], 2)
+    assert "no token '<stop>'" in error_of(capsys, [*run, "--stop", "<stop>"], 2)
+
+
+def test_a_language_needs_tokens_of_bytes(capsys: Captured, speaker: str) -> None:
+    run = ["generate", "cat", "--model", speaker, "--quiet", "--regex", "a"]
+    assert "decoder must be byte-level" in error_of(capsys, run, 2)

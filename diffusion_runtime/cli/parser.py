@@ -131,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _decoding_options(command)
         _sampling_options(command)
+        _language_options(command)
 
     trace = commands.add_parser("trace", help="replay what --trace wrote, or make a page of it", description=_TRACE)
     trace.add_argument("file", metavar="FILE", help="what --trace of solve, generate or infill wrote")
@@ -177,6 +178,20 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="one JSON document on standard output, nothing else there")
     group.add_argument("--trace", metavar="FILE", help="write what each step committed, one JSON object per line")
     group.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _language_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer may be")
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="the answer ends at this token of the tokenizer, such as '<|endoftext|>'; may be repeated",
+    )
+    language = group.add_mutually_exclusive_group()
+    language.add_argument("--regex", metavar="R", help="the whole answer matches this expression (Rust's syntax)")
+    language.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that this schema describes")
 
 
 class _integer:

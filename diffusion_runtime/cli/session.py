@@ -66,8 +66,8 @@ def _refusals() -> Iterator[None]:
         raise CommandError(error) from error
 
 
-def make_denoiser(model: Any, args: argparse.Namespace) -> Denoiser:
-    """The denoiser that the options describe."""
+def make_denoiser(model: Any, args: argparse.Namespace, **settings: Any) -> Denoiser:
+    """The denoiser that the options describe, with further settings."""
     policy = args.policy
     if args.threshold is not None:
         policy = decoding.Policy(partial(decoding.threshold, threshold=args.threshold), scheduled=False)
@@ -81,6 +81,7 @@ def make_denoiser(model: Any, args: argparse.Namespace) -> Denoiser:
         block_length=getattr(args, "block_length", None),
         temperature=getattr(args, "temperature", 0.0),
         backend=args.backend,
+        **settings,
     )
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_runtime.cli.errors import DONE
+from diffusion_runtime.cli.errors import DONE, MISSING, CommandError
 from diffusion_runtime.cli.live_text import watch
 from diffusion_runtime.cli.output import note, print_json
 from diffusion_runtime.cli.parser import check_decoding
 from diffusion_runtime.cli.session import Progressed, denoise, load_model, make_denoiser, sampling_backend, trace_file
 from diffusion_runtime.cli.tokens import TextTokens
+from diffusion_runtime.constraints import Automaton, json_schema, regex
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -24,6 +26,8 @@ def run_generate(args: argparse.Namespace) -> int:
     ids = tokens.encode(prompt)
     last = _denoise(args, tokens, model, ids, args.max_new_tokens)
     answer: list[int] = last.step.tokens[0, len(ids) :].tolist()
+    ends = tokens.ids_of(args.stop)
+    answer = answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
     result = {"prompt": prompt, "text": tokens.decode(answer), "tokens": answer}
     return _report(args, model, result, last)
 
@@ -60,9 +64,26 @@ def _denoise(
     with trace_file(args.trace) as file:
         about = {"policy": args.policy, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
         told: dict[str, Any] = {"file": file, "text_of": tokens.bytes_of, "about": {"model": args.model, **about}}
-        steps = denoise(make_denoiser(model, args), batch, seed=args.seed, max_new_tokens=max_new_tokens, **told)
+        denoiser = make_denoiser(
+            model, args, stop_token_ids=tokens.ids_of(args.stop), constraint=_language(args, tokens)
+        )
+        steps = denoise(denoiser, batch, seed=args.seed, max_new_tokens=max_new_tokens, **told)
         # there is always something to decide, so there is a last step
         return deque(watch(steps, tokens, plain=args.json or args.quiet, quiet=args.quiet), maxlen=1).pop()
+
+
+def _language(args: argparse.Namespace, tokens: TextTokens) -> Automaton | None:
+    """What --regex and --json-schema ask for; it is refused before a model runs."""
+    if args.regex is None and args.json_schema is None:
+        return None
+    try:
+        if args.regex is not None:
+            return regex(args.regex, tokens.vocabulary())
+        return json_schema(Path(args.json_schema).read_text(encoding="utf-8"), tokens.vocabulary())
+    except ImportError as error:
+        raise CommandError(error, MISSING) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(error) from error
 
 
 def _report(args: argparse.Namespace, model: Any, result: dict[str, Any], last: Progressed) -> int:

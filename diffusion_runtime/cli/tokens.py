@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class TextTokens:
             ) from error
         self._mask_token_id = -1
         self._mask = ""
-        self._bytes: list[bytes | None] | None = None
+        self._vocabulary: list[bytes | None] | None = None
 
     @classmethod
     def of_folder(cls, model: str) -> TextTokens | None:
@@ -108,16 +108,28 @@ class TextTokens:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def ids_of(self, texts: Sequence[str]) -> list[int]:
+        """The tokens that are written so in the tokenizer's vocabulary."""
+        ids = [self._tokenizer.token_to_id(text) for text in texts]
+        if None in ids:
+            raise CommandError(
+                f"{_FILE} has no token {texts[ids.index(None)]!r}; --stop takes one as it is written there"
+            )
+        return ids
+
+    def vocabulary(self) -> list[bytes | None]:
+        """The bytes of each token; a ValueError of a tokenizer whose tokens have none."""
+        if self._vocabulary is None:
+            self._vocabulary = token_bytes(self._tokenizer)
+        return self._vocabulary
+
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to a text; of an unusual tokenizer, what it says alone."""
-        if self._bytes is None:
-            try:
-                self._bytes = token_bytes(self._tokenizer)
-            except ValueError:
-                self._bytes = []
-        if token < len(self._bytes):
-            return self._bytes[token] or b""
-        return self.decode([token]).encode()
+        try:
+            known = self.vocabulary()
+        except ValueError:
+            return self.decode([token]).encode()
+        return known[token] or b"" if token < len(known) else b""
 
     def pieces(self, ids: list[int], fresh: list[bool]) -> list[tuple[str, str]]:
         """A half-denoised sequence as stretches of text: ``("decided" | "fresh" | "blank", text)``."""

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from languages import conforms, random_pattern, random_schema
 from models import CONFIG, random_llada
 
 from diffusion_runtime import Denoiser, Request
@@ -95,60 +96,6 @@ def test_commits_of_one_step_are_judged_together():
         assert judge(progress, [0, 1], [b, b], confidence) == expected
 
 
-def random_pattern(rng: random.Random, depth: int = 3) -> str:
-    if depth == 0:
-        return rng.choice(["a", "b", "c", "é", "[a-c]", r"\d", "x?", "[^a]", "ab", "."])
-    inner = (random_pattern(rng, depth - 1) for _ in range(2))
-    kind = rng.randrange(6)
-    if kind < 2:
-        return "".join(inner)
-    if kind == 2:
-        return f"({'|'.join(inner)})"
-    return f"({next(inner)}){rng.choice(['*', '+', '?', '{1,3}'])}"
-
-
-def random_schema(rng: random.Random, depth: int = 2) -> dict:
-    kind = rng.choice(["integer", "boolean", "null", "enum", "string", *["array", "object"] * depth])
-    if kind == "enum":
-        return {"enum": rng.sample(["a", "bc", "x1"], rng.randint(1, 3))}
-    if kind == "string":
-        return {"type": "string", "pattern": rng.choice(["[a-c]+", "x[0-9]?", "a|b|c"])}
-    if kind == "array":
-        most = rng.randint(1, 3)
-        return {
-            "type": "array",
-            "items": random_schema(rng, depth - 1),
-            "minItems": rng.randint(0, 1),
-            "maxItems": most,
-        }
-    if kind == "object":
-        names = rng.sample("abcxyz", rng.randint(1, 2))
-        return {"type": "object", "properties": {n: random_schema(rng, depth - 1) for n in names}, "required": names}
-    return {"type": kind}
-
-
-def conforms(value, schema: dict) -> bool:
-    """The part of JSON schema that :func:`random_schema` uses, read plainly."""
-    if "enum" in schema:
-        return value in schema["enum"]
-    kind = schema["type"]
-    if kind == "string":
-        return isinstance(value, str) and re.fullmatch(schema["pattern"], value) is not None
-    if kind == "array":
-        fits = isinstance(value, list) and schema["minItems"] <= len(value) <= schema["maxItems"]
-        return fits and all(conforms(item, schema["items"]) for item in value)
-    if kind == "object":
-        properties = schema["properties"]
-        return (
-            isinstance(value, dict)
-            and value.keys() == properties.keys()
-            and all(conforms(value[name], properties[name]) for name in properties)
-        )
-    if kind == "integer":
-        return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if kind == "null" else isinstance(value, bool)
-
-
 ORDERS = ["low_confidence", "random", "threshold", "entropy", "eb_sampler", "mdlm", "dream_origin", "llada2", "factor"]
 
 
@@ -217,6 +164,8 @@ def test_what_stands_between_is_part_of_the_text():
     tokens = result.tokens.tolist()
     assert (tokens[0], tokens[-1], tokens[3]) == (7, 9, b)
     assert re.fullmatch("(ab)*|(ba)*", text_of(tokens[1:6]).decode())
+    (same,) = Denoiser(random_llada(), constraint=regex("b", VOCABULARY)).serve([Request([7, 9])])  # nothing to decide
+    assert same.tokens.tolist() == [7, 9]
     with pytest.raises(ValueError, match="no text of the constraint fits 3 positions, of which 1 are decided"):
         next(Denoiser(random_llada()).serve([Request([MASK, a, MASK], constraint=regex("b*", VOCABULARY))]))
 

@@ -66,7 +66,9 @@ def test_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile):
     expected |= {f"diffusion_runtime/{name}" for name in present("kernels", "*.py")}
     assert not expected - set(wheel.namelist())
     assert any(name.endswith(".safetensors") for name in wheel.namelist())
-    assert {"diffusion_runtime/_C.pyi", "diffusion_runtime/_C_cuda.pyi"} <= set(wheel.namelist())
+    assert {"diffusion_runtime/_C.pyi", "diffusion_runtime/_C_cuda.pyi", "diffusion_runtime/tracing/page.html"} <= set(
+        wheel.namelist()
+    )
 
 
 def test_wheel_is_imported_from_where_it_lies(wheel: zipfile.ZipFile, tmp_path: Path):

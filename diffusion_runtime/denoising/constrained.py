@@ -25,7 +25,7 @@ class Constrained:
         constraint: the language.
         request: whose answer is in it.
         policy: of the row.
-        tokens: of the whole sequence.
+        tokens: of the whole sequence, one of them undecided.
         mask_token_id: where undecided.
         suppress, stop_token_ids: of the row.
 
@@ -51,7 +51,7 @@ class Constrained:
             raise ValueError("a constraint says itself where an answer ends: it takes stop_token_ids, but no stop")
         automaton = constraint.with_end(stop_token_ids)
         places = [i for i, token in enumerate(tokens) if token == mask_token_id]
-        self.start, stop = (places[0], places[-1] + 1) if places else (0, 0)
+        self.start, stop = places[0], places[-1] + 1
         allowed = torch.ones(stop - self.start, automaton.vocab_size, dtype=torch.bool)
         allowed[:, [token for token in (*suppress, mask_token_id) if token < automaton.vocab_size]] = False
         early = max(0, len(tokens) - request.max_new_tokens + request.min_new_tokens - self.start)

@@ -157,7 +157,7 @@ def row_of(request: Request, defaults: Defaults, tokens: list[int], mask_token_i
     start = 0 if any(changing[:prompt_length]) or not request.max_new_tokens else prompt_length
     suppress, stops = frozenset(own("suppress")), frozenset(own("stop_token_ids"))
     constrained = None
-    if (constraint := own("constraint")) is not None:
+    if (constraint := own("constraint")) is not None and mask_token_id in tokens:
         constrained = Constrained(constraint, request, policy, tokens, mask_token_id, suppress, stops)
     blocks = blocks_between(start, len(tokens), defaults.block_length, absolute=defaults.absolute)
     return Row(

@@ -214,6 +214,10 @@ def test_a_trace_from_python():
     assert page.path.with_suffix(".html").stat().st_size < 100_000
 
 
+def test_a_loop_beside_ours():
+    assert functions("parity.md").parting is None
+
+
 def test_the_policies_of_the_page_are_those_there_are():
     table = (DOCS / "decoding.md").read_text().split("## Policies")[1].split("*Raw*")[0]
     assert set(re.findall(r"`([a-z0-9_.]+)`", re.sub(r"\| [^|]* \| [^|]* \| [^|]* \|$", "", table, flags=re.M))) == set(

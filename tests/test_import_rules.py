@@ -19,9 +19,10 @@ BELOW_DENOISER = {"constraints", "denoising", "decoding", "cache", "models", "nn
 ROOMS: dict[str, set[str]] = {
     "__init__": {"denoiser", "integrations", *BELOW_DENOISER},
     "__main__": {"cli"},
-    "cli": {"__version__", "denoiser", "sudoku", *BELOW_DENOISER},
+    "cli": {"__version__", "denoiser", "parity", "sudoku", *BELOW_DENOISER},
     "denoiser": BELOW_DENOISER,
     "integrations": {"denoiser", *BELOW_DENOISER},
+    "parity": {"denoiser", "denoising", "decoding", "ops"},
     "denoising": {"constraints", "decoding", "cache", "models", "nn", "ops"},
     "memory": {"cache", "models"},
     "decoding": {"ops"},

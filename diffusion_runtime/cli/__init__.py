@@ -56,6 +56,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from diffusion_runtime.cli import text
 
         return text.run_generate
+    if name == "compare":
+        from diffusion_runtime.cli import compare
+
+        return compare.run
     if name == "trace":
         from diffusion_runtime.cli import replay
 

@@ -30,9 +30,10 @@ examples:
   diffusion-runtime generate 'The capital of France is' --model ./LLaDA-8B-Base
   diffusion-runtime infill 'The capital of [MASK:2] is Paris.' --model ./LLaDA-8B-Base
   diffusion-runtime trace steps.jsonl --html steps.html
+  diffusion-runtime compare my_loop.py:generate --model ./model --prompt 'def f('
   diffusion-runtime doctor
 
-exit codes: 0 done, 1 a puzzle was not solved, 2 bad input or usage,
+exit codes: 0 done, 1 a puzzle was not solved or two loops differ, 2 bad input or usage,
 3 something is missing (model, extra, backend)"""
 
 _SOLVE = """\
@@ -58,6 +59,13 @@ a blank of eight tokens. The folder of the model must hold a tokenizer.json."""
 _DEMO = """\
 Solves puzzles held out from training with the shipped model, and shows each
 step. Exit code 1 if one of them is not solved."""
+
+_COMPARE = """\
+Runs the function on the model and the prompt, beside our loop with the options
+below at temperature 0, and prints the first step and position at which their
+tokens differ and why: a tie, precision, a stale cache, or another rule. It is
+called with the model and [1, length] tokens, masks where undecided, and yields
+the tokens after each of its steps. Exit code 1 if they differ."""
 
 _TRACE = """\
 Shows on a terminal how a sequence was denoised, step by step, and prints it.
@@ -138,6 +146,19 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("--html", metavar="FILE", help="write a page instead, which needs nothing but a browser")
     trace.add_argument("--row", type=_integer(1), default=1, metavar="N", help="of several sequences (default: 1)")
     trace.add_argument("--delay", type=_number(0), default=0.1, metavar="S", help="between steps (default: 0.1)")
+
+    compare = commands.add_parser(
+        "compare", help="run a loop of your own beside ours and say where they part", description=_COMPARE
+    )
+    compare.add_argument("loop", metavar="FILE.py:FUNCTION", help="the loop; FILE.py is executed")
+    compare.add_argument("--model", required=True, metavar="PATH|ID", help="folder, or id on the Hugging Face hub")
+    prompt = compare.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="for the tokenizer beside the weights")
+    prompt.add_argument("--tokens", metavar="N,N,...", help="the same as token ids")
+    compare.add_argument("--max-new-tokens", type=_integer(0), default=64, metavar="N", help="to append (default: 64)")
+    compare.add_argument("--block-length", type=_integer(1), metavar="N", help="of ours (default: all at once)")
+    compare.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    _decoding_options(compare)
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which backend runs each op", description=_DOCTOR

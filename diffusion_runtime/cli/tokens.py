@@ -34,7 +34,7 @@ class TextTokens:
             raise CommandError(
                 f"{path} is not a tokenizer: {error}; take the file that belongs to the model"
             ) from error
-        self._mask_token_id = -1
+        self._mask_token_id, self._vocab_size = -1, 1 << 62
         self._mask = ""
         self._vocabulary: list[bytes | None] | None = None
 

@@ -20,6 +20,10 @@ from diffusion_runtime.ops import TokenSamples
 Cause = Literal["tie", "precision", "stale cache", "different rule", "different end"]
 Loop = Callable[[Callable[..., Any], Tensor], Iterable[Tensor]]
 _SCHEDULES = {"linear": linear, "of_block_length": of_block_length, "of_times": of_times, "of_one": of_one}
+# policies that draw at any temperature: they agree with nobody, or by chance
+_DRAWING = frozenset(
+    "random dream_origin bd3lm_first_hitting mdlm remdm_cap remdm_rescale remdm_conf remdm_loop".split()
+)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ def compare(reference: Loop, denoiser: Denoiser, tokens: Tensor, *, max_new_toke
         the first difference and its cause; None if both do the same to the end.
 
     Raises:
-        ValueError: a denoiser that draws, or uniform diffusion.
+        ValueError: a denoiser that draws, is of uniform diffusion, or has guidance, suppressed tokens or a constraint:
+            its logits are not the module's own.
     """
     if not isinstance(denoiser.policy, Policy) or denoiser.defaults.temperature > 0:
         raise ValueError("the denoiser must be at temperature 0, and not of uniform diffusion: draws are not compared")
+    if denoiser._forward.guidance_scale or denoiser.defaults.suppress or denoiser.defaults.constraint is not None:
+        raise ValueError("the denoiser must have neither guidance_scale nor suppress nor constraint")
     model = denoiser.language_model
     recorded = Recorded(getattr(model, "module", model))
     start = functional.pad(tokens, (0, max_new_tokens), value=denoiser.mask_token_id)
@@ -176,6 +183,8 @@ def _stale(
     row: int,
 ) -> tuple[Cause, str] | None:
     block, undecided = step.blocks[row], step.canvas.masked[row]
+    if not undecided.any():
+        return None
     places = step.canvas.position[row][undecided]
     size = exact[row, places].masked_fill(exact[row, places].isinf(), 0).abs().amax().double()
     tolerance = max(1e-4, _tolerance(exact.dtype)) * float(size)
@@ -238,6 +247,8 @@ def _tied(step: _Step, theirs: Tensor, row: int, block: slice, dtype: torch.dtyp
         ((a[row] != step.before[row]) & (b[row] == step.before[row])).nonzero()[:, 0].tolist()
         for a, b in ((step.after, theirs), (theirs, step.after))
     )
+    if outside := [place for place in theirs_only if not block.start <= place < block.stop]:
+        return "different rule", f"theirs changed position {outside[0]}, outside of the block that ours is at"
     if not ours_only or not theirs_only:
         return None
     one, two = ours_only[0], theirs_only[0]
@@ -284,5 +295,5 @@ def _variants(policy: Policy, samples: TokenSamples) -> Iterator[tuple[str, Caus
             samples._replace(logprob=rounded),
         )
     for name, other_policy in POLICIES.items():
-        if other_policy is not policy:
+        if other_policy is not policy and name not in _DRAWING:
             yield f"policy {name!r}", "different rule", other_policy.rule, samples

@@ -93,9 +93,8 @@ def test_the_same_loop_is_the_same(choose, settings):
         assert compare(partial(loop, choose=choose), denoiser(**settings), prompt, max_new_tokens=20) is None
 
 
-def test_a_loop_may_ask_about_a_part(monkeypatch):
+def test_a_loop_may_ask_about_a_part():
     """A model whose attention is causal by blocks, asked for the sequence to the end of the block only."""
-    del monkeypatch
 
     def to_the_end_of_the_block(module, tokens, step):
         stop = 3 + BLOCK * (1 + step // BLOCK)
@@ -237,10 +236,27 @@ def test_one_that_ends_sooner():
     assert (found.cause, found.detail) == ("different end", "ours ended the answer at a stop token and repeated it")
 
 
-@pytest.mark.parametrize("ours", [{"temperature": 0.5}, {"policy": UniformDiffusion(61)}])
-def test_rejects_what_draws(ours):
+def test_a_loop_that_leaves_the_block():
+    prompt = torch.tensor([[5, 6, 7, 8], [8, 9, MASK, MASK]])  # of the first row nothing is undecided
+    found = compare(lambda module, tokens: [torch.zeros_like(tokens)], Denoiser(random_llada()), prompt)
+    assert (found.row, found.cause) == (0, "different rule")
+    assert "theirs changed position 0, outside of the block" in found.detail
+    found = compare(partial(loop, choose=by_confidence, block=20), denoiser(), PROMPT, max_new_tokens=20)
+    assert "outside of the block" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        ({"temperature": 0.5}, "temperature 0"),
+        ({"policy": UniformDiffusion(61)}, "temperature 0"),
+        ({"suppress": [3]}, "neither guidance_scale nor suppress"),
+        ({"guidance_scale": 0.5}, "neither guidance_scale nor suppress"),
+    ],
+)
+def test_rejects_what_cannot_be_compared(ours, message):
     made = Denoiser(random_llada(), **ours)
-    with pytest.raises(ValueError, match="temperature 0"):
+    with pytest.raises(ValueError, match=message):
         compare(partial(loop, choose=by_confidence), made, PROMPT)
 
 

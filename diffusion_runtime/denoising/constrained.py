@@ -74,7 +74,7 @@ def allowed_by_constraints(batch: Batch, words: Tensor | None, vocab: int) -> Te
     """What each position of the current blocks may draw, packed, where ``words`` is what other rules allow."""
     if not any(row.constrained for row in batch.rows):
         return words
-    whole = pack_allowed(torch.ones(len(batch.rows), batch.width, vocab, dtype=torch.bool))
+    whole = pack_allowed(torch.ones(vocab, dtype=torch.bool)).repeat(len(batch.rows), batch.width, 1)
     for i, row in enumerate(batch.rows):
         if row.constrained is None or not row.blocks:
             continue

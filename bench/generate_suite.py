@@ -1,19 +1,27 @@
-"""What ``python -m bench --suite generate`` compares: whole answers, beside the published loop of LLaDA."""
+"""What ``python -m bench --suite generate`` and ``pycode`` compare: whole answers, beside the published loops."""
 
 from __future__ import annotations
 
+import calendar
+import heapq
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench import plain_models
 from bench.check import SEED, WrongAnswerError
 from bench.comparison import Comparison
-from diffusion_runtime import Denoiser
+from bench.plain_models import Past
+from diffusion_runtime import Denoiser, load
+from diffusion_runtime.loading import local_folder
 from diffusion_runtime.models import LLaDA, LLaDAConfig
 
 
@@ -47,20 +55,26 @@ SIZES = {
     ),
 }  # fmt: skip
 CACHES = ("none", "prefix", "dual")
+# batch, prompt, answer; tokens a forward, temperature
+PYCODE = tuple(product(((1, 224, 32), (8, 224, 32)), ((1, 0.0), (4, 0.0), (4, 1.0))))
 
 
 def generate(device: torch.device) -> Iterator[Comparison]:
     """Answers at temperature 1 by our loop, by cache, beside the published one with torch's attention."""
     size = SIZES[device.type]
     model = _model(size, device)
-    loops = {"published loop": _plain_forward(model)}
+    loops = {"published loop": plain_models.llada(model)}
     if device.type == "cuda":
-        loops["published loop, compiled"] = torch.compile(_plain_forward(model))
+        loops["published loop, compiled"] = torch.compile(plain_models.llada(model))
     for batch, length, answer, block, steps in size.answers:
         generator = torch.Generator(device).manual_seed(length)
         prompt = torch.randint(0, size.config.mask_token_id, (batch, length), generator=generator, device=device)
         settings: dict[str, Any] = {"num_steps": steps, "block_length": block}
         mask = size.config.mask_token_id
+        right = partial(
+            published, loops["published loop"], prompt, answer, block, steps, 0.0, mask=mask, suppress_mask=True
+        )
+        at_least = 0.95 if size.dtype == torch.float32 else 0.5
         yield Comparison(
             f"LLaDA, {size.name}, {str(size.dtype).removeprefix('torch.')}: {answer} tokens in {steps} forwards",
             f"{batch} x {length}",
@@ -74,10 +88,44 @@ def generate(device: torch.device) -> Iterator[Comparison]:
                 for cache in CACHES
             },
             {
-                name: partial(published, forward, prompt, answer, block, steps, 1.0, mask)
+                name: partial(published, forward, prompt, answer, block, steps, 1.0, mask=mask)
                 for name, forward in loops.items()
             },
-            partial(_check, model, prompt, answer, settings, loops["published loop"]),
+            partial(_check, Denoiser(model, **settings), prompt, answer, right, at_least),
+        )
+
+
+def pycode(device: torch.device) -> Iterator[Comparison]:
+    """The model that ships continues modules that it was not trained on.
+
+    Beside the published loop without a cache, and beside it with the cache of blocks that SDAR's own code has. At
+    temperature 0 all give the same tokens, so that none is more accurate.
+    """
+    from tokenizers import Tokenizer
+
+    folder = local_folder("pycode")
+    if folder is None:
+        return
+    model: Any = load(folder, dtype=torch.float32, device=device)
+    text = "".join(inspect.getsource(module) for module in (heapq, textwrap, calendar))
+    ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, device=device)
+    forward, block, mask = plain_models.sdar(model), model.block_length, model.mask_token_id
+    for (batch, length, answer), (at_once, temperature) in PYCODE:
+        prompt = ids[: batch * length].view(batch, length)
+        settings: dict[str, Any] = {"cache": "block", "num_steps": answer // at_once, "block_length": block}
+        denoiser = Denoiser(model, temperature=temperature, **settings)
+        asked = (prompt, answer, block, answer // at_once)
+        plain = partial(published, forward, *asked, mask=mask, suppress_mask=True)
+        behind_cache = partial(published_behind_cache, forward, *asked, mask=mask)
+        yield Comparison(
+            f"pycode, float32: {answer} tokens behind {length}",
+            f"batch {batch}, {at_once} a forward, temperature {temperature:g}",
+            {"cache block": partial(denoiser.generate, prompt, max_new_tokens=answer, seed=SEED)},
+            {
+                "published loop": partial(plain, temperature=temperature),
+                "with its cache": partial(behind_cache, temperature=temperature),
+            },
+            partial(_check, Denoiser(model, **settings), prompt, answer, partial(plain, temperature=0.0), 0.99),
         )
 
 
@@ -85,51 +133,6 @@ def _model(size: Size, device: torch.device) -> LLaDA:
     torch.manual_seed(0)
     with device:
         return LLaDA(size.config).to(size.dtype).requires_grad_(False).eval()
-
-
-def _plain_forward(model: LLaDA) -> Callable[[Tensor], Tensor]:
-    """The same weights as plain torch has them, with its own attention."""
-    config, weights = model.config, dict(model.state_dict())
-    head_dim = config.head_size
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return functional.linear(x, weights[f"model.transformer.{name}.weight"])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        wide = x.float()
-        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)).to(x.dtype)
-        scaled: Tensor = weights[f"model.transformer.{name}.weight"] * normed
-        return scaled
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, -1)
-        turned = torch.cat((-second, first), -1)
-        return (x.float() * cos + turned * sin).to(x.dtype)
-
-    @torch.no_grad()
-    def forward(tokens: Tensor) -> Tensor:
-        x = functional.embedding(tokens, weights["model.transformer.wte.weight"])
-        every_second = torch.arange(0, head_dim, 2, device=tokens.device).float()
-        frequency = config.rope_theta ** -(every_second / head_dim)
-        angle = torch.outer(torch.arange(tokens.shape[1], device=tokens.device).float(), frequency).repeat(1, 2)
-        cos, sin = angle.cos(), angle.sin()
-        for layer in range(config.n_layers):
-            name = f"blocks.{layer}."
-            h = norm(x, name + "attn_norm")
-            query, key, value = (
-                linear(h, name + p).unflatten(-1, (-1, head_dim)).transpose(1, 2)
-                for p in ("q_proj", "k_proj", "v_proj")
-            )
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            mixed = functional.scaled_dot_product_attention(
-                query, key, value, enable_gqa=config.kv_heads < config.n_heads
-            )
-            x = x + linear(mixed.transpose(1, 2).flatten(2), name + "attn_out")
-            h = norm(x, name + "ff_norm")
-            x = x + linear(functional.silu(linear(h, name + "ff_proj")) * linear(h, name + "up_proj"), name + "ff_out")
-        return linear(norm(x, "ln_f"), "ff_out")
-
-    return forward
 
 
 @torch.no_grad()
@@ -140,46 +143,77 @@ def published(
     block: int,
     steps: int,
     temperature: float,
-    mask: int,
     *,
+    mask: int,
     suppress_mask: bool = False,
 ) -> Tensor:
     """LLaDA's ``generate``: all logits, float64 Gumbel noise, ranks row by row. What it does, in our words."""
     tokens = functional.pad(prompt, (0, answer), value=mask)
-    start, per_block = prompt.shape[1], steps // (answer // block)
-    for number in range(answer // block):
-        stop = start + (number + 1) * block
-        masked = (tokens[:, stop - block : stop] == mask).sum(1, keepdim=True)
-        quotas = masked // per_block + (torch.arange(per_block, device=tokens.device) < masked % per_block)
-        for step in range(per_block):
-            masks = tokens == mask
+    for stop in range(prompt.shape[1] + block, tokens.shape[1] + 1, block):
+        for quota in _quotas(tokens[:, stop - block : stop] == mask, steps // (answer // block)):
             logits = forward(tokens)
             if suppress_mask:  # as ours does, where the answers are compared
                 logits[..., mask] = -torch.inf
-            noisy = logits
-            if temperature > 0:
-                wide = logits.to(torch.float64)
-                noise = (-torch.log(torch.rand_like(wide))) ** temperature
-                noisy = wide.exp() / noise
-            candidates = noisy.argmax(-1)
-            probability = functional.softmax(logits, -1).gather(-1, candidates[..., None])[..., 0]
-            probability[:, stop:] = -torch.inf
-            candidates = torch.where(masks, candidates, tokens)
-            confidence = torch.where(masks, probability, -torch.inf)
-            commits = torch.zeros_like(masks)
-            for row in range(len(tokens)):
-                commits[row, confidence[row].topk(int(quotas[row, step])).indices] = True
-            tokens[commits] = candidates[commits]
+            _commit(tokens, logits, quota, temperature, mask, stop)
     return tokens
 
 
+@torch.no_grad()
+def published_behind_cache(
+    forward: Callable[..., Tensor],
+    prompt: Tensor,
+    answer: int,
+    block: int,
+    steps: int,
+    temperature: float,
+    *,
+    mask: int,
+) -> Tensor:
+    """The same as block diffusion's own code has it: blocks that are done are kept as keys."""
+    tokens = functional.pad(prompt, (0, answer), value=mask)
+    past: Past = []
+    forward(prompt, past, keep=True)
+    for start in range(prompt.shape[1], tokens.shape[1], block):
+        own = tokens[:, start : start + block]
+        for quota in _quotas(own == mask, steps // (answer // block)):
+            logits = forward(own, past)
+            logits[..., mask] = -torch.inf
+            _commit(own, logits, quota, temperature, mask, block)
+        forward(own, past, keep=True)
+    return tokens
+
+
+def _quotas(masked: Tensor, steps: int) -> Iterator[list[int]]:
+    """How many of each row's masks each step commits."""
+    count = masked.sum(1, keepdim=True)
+    quotas = count // steps + (torch.arange(steps, device=masked.device) < count % steps)
+    return iter(quotas.T.tolist())
+
+
+def _commit(tokens: Tensor, logits: Tensor, quota: list[int], temperature: float, mask: int, stop: int) -> None:
+    """Write the candidates that have most confidence, of those before ``stop``."""
+    masks = tokens == mask
+    noisy = logits
+    if temperature > 0:
+        wide = logits.to(torch.float64)
+        noise = (-torch.log(torch.rand_like(wide))) ** temperature
+        noisy = wide.exp() / noise
+    candidates = noisy.argmax(-1)
+    probability = functional.softmax(logits, -1).gather(-1, candidates[..., None])[..., 0]
+    probability[:, stop:] = -torch.inf
+    candidates = torch.where(masks, candidates, tokens)
+    confidence = torch.where(masks, probability, -torch.inf)
+    commits = torch.zeros_like(masks)
+    for row in range(len(tokens)):
+        commits[row, confidence[row].topk(quota[row]).indices] = True
+    tokens[commits] = candidates[commits]
+
+
 def _check(
-    model: LLaDA, prompt: Tensor, answer: int, settings: dict[str, Any], forward: Callable[[Tensor], Tensor]
+    denoiser: Denoiser, prompt: Tensor, answer: int, published_loop: Callable[[], Tensor], at_least: float
 ) -> None:
     """At temperature 0 the same tokens, but for what a rounding decides."""
-    got = Denoiser(model, **settings).generate(prompt, max_new_tokens=answer)
-    block, steps = settings["block_length"], settings["num_steps"]
-    expected = published(forward, prompt, answer, block, steps, 0.0, model.mask_token_id, suppress_mask=True)
-    same = (got == expected)[:, prompt.shape[1] :].float().mean()
-    if not same > (0.95 if next(model.parameters()).dtype == torch.float32 else 0.5):
+    got = denoiser.generate(prompt, max_new_tokens=answer)
+    same = (got == published_loop())[:, prompt.shape[1] :].float().mean()
+    if not same > at_least:
         raise WrongAnswerError(f"our loop is not timed: {same:.0%} of its tokens are those of the published one")

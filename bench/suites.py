@@ -157,6 +157,7 @@ SUITES: dict[str, Suite] = {
     "rope": norm_suites.rope,
     "diffusion_gemma": diffusion_gemma_suite.diffusion_gemma,
     "generate": generate_suite.generate,
+    "pycode": generate_suite.pycode,
 }
 
 

@@ -15,6 +15,7 @@ from diffusion_runtime.models import family_of
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+SHIPPED = Path(__file__).parent / "checkpoints"
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
@@ -24,8 +25,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: str | to
 
     Args:
         path: a folder that holds ``config.json`` and ``model.safetensors`` or a sharded
-            ``model.safetensors.index.json``; or the id of a Hugging Face repository, which needs the ``hub`` extra
-            (with ``HF_HUB_OFFLINE=1`` only what is already in its cache is used).
+            ``model.safetensors.index.json``; or a model of this package, ``"pycode"`` or ``"sudoku"``; or the id of a
+            Hugging Face repository, which needs the ``hub`` extra (with ``HF_HUB_OFFLINE=1`` only what is already in
+            its cache is used).
         dtype: floating-point dtype of the model. None: that of the checkpoint.
         device: where the weights go.
 
@@ -68,13 +70,22 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _folder(path: str | Path) -> Path:
+def local_folder(path: str | Path) -> Path | None:
+    """The folder that ``path`` names, or the model of this package that has that name; None: neither is here."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
+    shipped = [entry for entry in SHIPPED.iterdir() if entry.name == path]
+    return shipped[0] if shipped else None
+
+
+def _folder(path: str | Path) -> Path:
+    folder = local_folder(path)
+    if folder is not None:
+        return folder
     # an id is "owner/name"; anything else was meant as a folder
     if isinstance(path, Path) or path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {folder}")
+        raise FileNotFoundError(f"no folder {path}, and no model of this package has that name")
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

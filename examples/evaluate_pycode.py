@@ -68,20 +68,28 @@ def lines_of(texts: list[str], tokenizer: Tokenizer, block: int, count: int) -> 
     return random.Random(0).sample(found, count)
 
 
-def infilled(model: LanguageModel, lines: list[Line], batch: int, **settings: Any) -> tuple[float, float, float]:
-    """The share of lines got right, tokens for each forward, and seconds."""
-    denoiser = Denoiser(model, **settings)
-    blank = [model.mask_token_id]
+def infilled(denoiser: Denoiser, lines: list[Line], batch: int) -> tuple[list[list[int]], int, float]:
+    """What is filled into each line, the forwards of all of them, and seconds."""
+    blank = [denoiser.mask_token_id]
     requests = [Request([*line.left, *blank * len(line.hidden), *line.right], name=line) for line in lines]
     start = time.perf_counter()
     results = list(denoiser.serve(requests, batch_size=batch))
     seconds = time.perf_counter() - start
-    right = sum(
-        r.tokens[len(r.request.name.left) :][: len(r.request.name.hidden)].tolist() == r.request.name.hidden
-        for r in results
+    filled = {id(r.request.name): r.tokens[len(r.request.name.left) :].tolist() for r in results}
+    return (
+        [filled[id(line)][: len(line.hidden)] for line in lines],
+        sum(r.num_forwards for r in results),
+        seconds,
     )
-    tokens = sum(len(line.hidden) for line in lines)
-    return right / len(lines), tokens / sum(r.num_forwards for r in results), seconds
+
+
+def right(lines: list[Line], filled: list[list[int]]) -> tuple[float, float]:
+    """The share of lines that are right in every token, and that of tokens."""
+    whole = [line.hidden == tokens for line, tokens in zip(lines, filled, strict=True)]
+    single = [
+        a == b for line, tokens in zip(lines, filled, strict=True) for a, b in zip(line.hidden, tokens, strict=True)
+    ]
+    return sum(whole) / len(whole), sum(single) / len(single)
 
 
 def masked_accuracy(model: LanguageModel, baseline: TwoSided, windows: Tensor, share: float) -> tuple[float, float]:
@@ -128,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--lines", type=int, default=300)
+    parser.add_argument("--timed", type=int, default=40, help="of the lines, those also filled in alone")
     parser.add_argument("--functions", type=int, default=100)
     parser.add_argument("--show", type=int, default=0, help="completed functions to print")
     args = parser.parse_args()
@@ -149,15 +158,30 @@ def main() -> None:
         print(f"| {share:.0%} | {ours:.1%} | {theirs:.1%} |", flush=True)
 
     lines = lines_of(texts, tokenizer, model.block_length or 32, args.lines)
-    right = sum(baseline.between(line.left, len(line.hidden), line.right) == line.hidden for line in lines)
-    print(f"\n{len(lines)} lines; n-grams, from both sides: {right / len(lines):.1%}")
-    columns = ("policy", "cache", "lines right", "tokens a forward", "s, one at a time", "s, 8 together")
-    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    num_tokens = sum(len(line.hidden) for line in lines)
+    some = lines[: args.timed]
+    columns = (
+        "policy",
+        "lines right",
+        "tokens right",
+        "tokens a forward",
+        "ms a line, cache none",
+        "block",
+        "8 at once",
+    )
+    print(f"\n{len(lines)} lines of {num_tokens} tokens\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    whole, single = right(lines, [baseline.between(line.left, len(line.hidden), line.right) for line in lines])
+    print(f"| n-grams, from both sides | {whole:.1%} | {single:.1%} | | | | |", flush=True)
     for name, policy, settings in POLICIES:
-        for cache in ("none", "block"):
-            one = infilled(model, lines, 1, policy=policy, cache=cache, **settings)
-            eight = infilled(model, lines, 8, policy=policy, cache=cache, **settings)
-            print(f"| {name} | {cache} | {one[0]:.1%} | {one[1]:.2f} | {one[2]:.1f} | {eight[2]:.1f} |", flush=True)
+        denoisers = [Denoiser(model, policy=policy, cache=cache, **settings) for cache in ("none", "block")]
+        filled, forwards, seconds = infilled(denoisers[1], lines, 8)
+        whole, single = right(lines, filled)
+        alone = [infilled(denoiser, some, 1) for denoiser in denoisers]
+        if any(answer[0] != filled[: len(some)] for answer in alone):
+            print("of the lines timed, some are other tokens alone, or without a cache")
+        times = [1e3 * answer[2] / len(some) for answer in alone] + [1e3 * seconds / len(lines)]
+        shares = f"{whole:.1%} | {single:.1%} | {num_tokens / forwards:.2f}"
+        print(f"| {name} | {shares} | {' | '.join(f'{ms:.0f}' for ms in times)} |", flush=True)
 
     for temperature in (0.0, 0.7):
         answers = completed(model, tokenizer, texts, args.functions, policy="low_confidence", temperature=temperature)

@@ -1,6 +1,7 @@
 """Train the Python model that ships: block diffusion over the standard library's sources, within a time budget.
 
     python examples/train_pycode.py --minutes 120 --output pycode/
+    python examples/train_pycode.py --minutes 120 --from pycode/ --next-token 0 --seed 1 --output better/
 
 First for a share of the time next-token prediction, which learns from every token of a plain forward; then block
 diffusion, as SDAR is made from Qwen3 (Cheng et al., 2025). There each window is seen three times at once: as it is, and
@@ -17,6 +18,7 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pycode_data
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training import Average, Scheduled, optimizers, save
 
+from diffusion_runtime import load
 from diffusion_runtime.models import SDAR, SDARConfig
 from diffusion_runtime.nn import AttentionContext
 
@@ -129,6 +132,27 @@ def held_out_loss(model: SDAR, windows: Tensor) -> tuple[float, float]:
     return float(torch.cat(losses).mean()), float(torch.cat(hits).float().mean())
 
 
+def history(args: argparse.Namespace, training: dict[str, str], held_out: dict[str, str]) -> dict[str, Any]:
+    """What ``training.json`` says: the sources, and the arguments of every run that led to the weights.
+
+    Raises:
+        RuntimeError: the weights to start from saw other sources, perhaps those held out here.
+    """
+    sources = {
+        "python": platform.python_version(),
+        "training": pycode_data.digest(training),
+        "held-out": pycode_data.digest(held_out),
+    }
+    before: dict[str, Any] = {"runs": []}
+    if args.start is not None:
+        before = json.loads((args.start / "training.json").read_text())
+        if any(before[name] != value for name, value in sources.items()):
+            raise RuntimeError(f"{args.start} was trained on other sources: expected {sources}, got {before}")
+    own = ("output", "start", "log_every", "save_every")
+    arguments = {name: value for name, value in vars(args).items() if name not in own}
+    return {**sources, "runs": [*before["runs"], arguments]}
+
+
 def train(args: argparse.Namespace) -> None:
     """Train for ``args.minutes``; save every ``args.save_every`` minutes and at the end."""
     device = torch.device(args.device)
@@ -136,10 +160,7 @@ def train(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer = pycode_data.train_tokenizer(training, args.vocab)
     tokenizer.save(str(args.output / "tokenizer.json"))
-    said = {name: str(value) for name, value in vars(args).items() if name not in ("output", "log_every", "save_every")}
-    digests = {"training": pycode_data.digest(training), "held-out": pycode_data.digest(held_out)}
-    about = {"python": platform.python_version(), **digests, "arguments": said}
-    (args.output / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+    (args.output / "training.json").write_text(json.dumps(history(args, training, held_out), indent=2) + "\n")
     windows = pycode_data.Windows(training, tokenizer, args.length, args.seed)
     validation = pycode_data.Windows(held_out, tokenizer, args.length, 0).batch(64).to(device)
     config = SDARConfig(
@@ -156,6 +177,8 @@ def train(args: argparse.Namespace) -> None:
     )
     model = SDAR(config).to(device)
     initialise(model, args.seed)
+    if args.start is not None:
+        model.load_state_dict(load(args.start, dtype=torch.float32, device=device).state_dict())
     count = sum(weight.numel() for weight in model.parameters())
     print(f"{windows.num_tokens} tokens of {len(training)} modules; {count} parameters; {vars(args)}", flush=True)
     objective = Objective(model)
@@ -197,6 +220,7 @@ def checkpoint(model: SDAR, average: Average, folder: Path, validation: Tensor) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("pycode-checkpoint"))
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="weights to go on from")
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--next-token", type=float, default=0.45, help="share of the time for next-token prediction")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

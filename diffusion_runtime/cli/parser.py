@@ -22,6 +22,8 @@ DECIDING_THEMSELVES = (
 POLICIES = SCHEDULED + DECIDING_THEMSELVES
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
+_MODEL = "folder, pycode (in this package), or id on the Hugging Face hub"
+
 _EXAMPLES = """\
 examples:
   diffusion-runtime demo
@@ -130,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask", action="append", type=_mask, default=[], metavar="MARK=N", help="MARK is a blank of N tokens"
     )
     for command in (generate, infill):
-        command.add_argument("--model", required=True, metavar="PATH|ID", help="folder, or id on the Hugging Face hub")
+        command.add_argument("--model", required=True, metavar="PATH|ID", help=_MODEL)
         command.add_argument(
             "--block-length",
             type=_integer(1),
@@ -151,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         "compare", help="run a loop of your own beside ours and say where they part", description=_COMPARE
     )
     compare.add_argument("loop", metavar="FILE.py:FUNCTION", help="the loop; FILE.py is executed")
-    compare.add_argument("--model", required=True, metavar="PATH|ID", help="folder, or id on the Hugging Face hub")
+    compare.add_argument("--model", required=True, metavar="PATH|ID", help=_MODEL)
     prompt = compare.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="for the tokenizer beside the weights")
     prompt.add_argument("--tokens", metavar="N,N,...", help="the same as token ids")
@@ -208,7 +210,8 @@ def _language_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TOKEN",
-        help="the answer ends at this token of the tokenizer, such as '<|endoftext|>'; may be repeated",
+        help="the answer ends at this token of the tokenizer, such as '<|endoftext|>'; may be repeated (default of "
+        "generate: the eos_token_id of config.json)",
     )
     language = group.add_mutually_exclusive_group()
     language.add_argument("--regex", metavar="R", help="the whole answer matches this expression (Rust's syntax)")

@@ -18,7 +18,7 @@ from diffusion_runtime.cli import backends
 from diffusion_runtime.cli.errors import MISSING, CommandError, killed_by_interrupt
 from diffusion_runtime.cli.output import announced
 from diffusion_runtime.denoiser import Denoiser, Step
-from diffusion_runtime.loading import load
+from diffusion_runtime.loading import SHIPPED, load, local_folder
 from diffusion_runtime.ops import BackendUnavailableError
 from diffusion_runtime.ops._registry import REGISTRY
 
@@ -38,7 +38,13 @@ class Progressed(NamedTuple):
 
 
 def load_model(path: str | Path, device: str, *, dtype: torch.dtype | None = None, quiet: bool = False) -> Any:
-    """A checkpoint as a model on a device; every failure is a CommandError."""
+    """A checkpoint as a model on a device; every failure is a CommandError.
+
+    Without a dtype it has its own, but the models of this package have float32: few CPUs are quick in bfloat16.
+    """
+    folder = local_folder(path)
+    if dtype is None and folder is not None and folder.parent == SHIPPED:
+        dtype = torch.float32
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

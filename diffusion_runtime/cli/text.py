@@ -24,9 +24,9 @@ def run_generate(args: argparse.Namespace) -> int:
     prompt = _input(args.prompt)
     tokens, model = _prepare(args)
     ids = tokens.encode(prompt)
-    last = _denoise(args, tokens, model, ids, args.max_new_tokens)
+    ends = tokens.ids_of(args.stop) or tokens.ends()
+    last = _denoise(args, tokens, model, ids, ends, args.max_new_tokens)
     answer: list[int] = last.step.tokens[0, len(ids) :].tolist()
-    ends = tokens.ids_of(args.stop)
     answer = answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
     result = {"prompt": prompt, "text": tokens.decode(answer), "tokens": answer}
     return _report(args, model, result, last)
@@ -37,7 +37,7 @@ def run_infill(args: argparse.Namespace) -> int:
     text = _input(args.text)
     tokens, model = _prepare(args)
     ids = tokens.encode_with_blanks(text, dict(args.mask))
-    last = _denoise(args, tokens, model, ids, None)
+    last = _denoise(args, tokens, model, ids, tokens.ids_of(args.stop), None)
     filled: list[int] = last.step.tokens[0].tolist()
     result = {"input": text, "text": tokens.decode(filled), "tokens": filled}
     return _report(args, model, result, last)
@@ -58,15 +58,18 @@ def _prepare(args: argparse.Namespace) -> tuple[TextTokens, Any]:
 
 
 def _denoise(
-    args: argparse.Namespace, tokens: TextTokens, model: Any, ids: list[int], max_new_tokens: int | None
+    args: argparse.Namespace,
+    tokens: TextTokens,
+    model: Any,
+    ids: list[int],
+    ends: list[int],
+    max_new_tokens: int | None,
 ) -> Progressed:
     batch = torch.tensor([ids], dtype=torch.int64, device=args.device)
     with trace_file(args.trace) as file:
         about = {"policy": args.policy, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
         told: dict[str, Any] = {"file": file, "text_of": tokens.bytes_of, "about": {"model": args.model, **about}}
-        denoiser = make_denoiser(
-            model, args, stop_token_ids=tokens.ids_of(args.stop), constraint=_language(args, tokens)
-        )
+        denoiser = make_denoiser(model, args, stop_token_ids=ends, constraint=_language(args, tokens))
         steps = denoise(denoiser, batch, seed=args.seed, max_new_tokens=max_new_tokens, **told)
         # there is always something to decide, so there is a last step
         return deque(watch(steps, tokens, plain=args.json or args.quiet, quiet=args.quiet), maxlen=1).pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from diffusion_runtime.cli.errors import MISSING, CommandError
 from diffusion_runtime.constraints import token_bytes
+from diffusion_runtime.loading import local_folder
 
 _FILE = "tokenizer.json"
 _BLANK = r"\[MASK(?::(\d+))?\]"
@@ -34,15 +36,16 @@ class TextTokens:
             raise CommandError(
                 f"{path} is not a tokenizer: {error}; take the file that belongs to the model"
             ) from error
+        self._path = path
         self._mask_token_id, self._vocab_size = -1, 1 << 62
         self._mask = ""
         self._vocabulary: list[bytes | None] | None = None
 
     @classmethod
     def of_folder(cls, model: str) -> TextTokens | None:
-        """The tokenizer in the folder ``model``; None if that is no folder."""
-        folder = Path(model).expanduser()
-        if not folder.is_dir():
+        """The tokenizer in the folder of ``model``; None if it has none on this machine."""
+        folder = local_folder(model)
+        if folder is None:
             return None
         if not (folder / _FILE).is_file():
             raise CommandError(
@@ -115,6 +118,15 @@ class TextTokens:
             raise CommandError(
                 f"{_FILE} has no token {texts[ids.index(None)]!r}; --stop takes one as it is written there"
             )
+        return ids
+
+    def ends(self) -> list[int]:
+        """The tokens at which an answer ends, as the ``config.json`` beside the tokenizer names them; often none."""
+        file = self._path.with_name("config.json")
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int and 0 <= token < self._vocab_size for token in ids):
+            raise CommandError(f"{file}: eos_token_id must be tokens below {self._vocab_size}, got {named!r}")
         return ids
 
     def vocabulary(self) -> list[bytes | None]:

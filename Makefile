@@ -19,8 +19,9 @@ test: $(VENV)/.dev  ## the suite; on a machine without a GPU, every kernel runs 
 	@$(MAKE) --no-print-directory -j2 -C tests/cuda_on_cpu plain
 	@$(RUN) -m pytest $(if $(HAS_GPU),,-m "not gpu" -n $(or $(shell nproc 2> /dev/null),1) -p no:benchmark)
 
-bench: $(VENV)/.dev  ## time every op beside its peers
-	@$(RUN) -m bench
+bench: $(VENV)/.dev  ## time every op beside its peers: tables, and a record and plots in bench/out
+	@mkdir -p bench/out
+	@$(RUN) -m bench --json bench/out/record.json --plot bench/out
 
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	@$(RUN) -m ruff check --quiet .
@@ -28,9 +29,10 @@ lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	@$(RUN) -m mypy
 	@$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 
-compile-check: $(VENV)/.dev  ## compile Triton and CUDA kernels for GPUs, and count registers and spills
+compile-check: $(VENV)/.dev  ## compile kernels for GPUs, and count registers, spills, instructions: C++ too
 	@env -u TRITON_INTERPRET $(RUN) tests/compile/compile_triton.py
 	@$(RUN) tests/compile/compile_cuda.py
+	@$(RUN) tests/compile/count_cpp.py
 
 sanitize:  ## the emulated CUDA tests under the address and thread sanitizers
 	@$(MAKE) --no-print-directory -j2 -C tests/cuda_on_cpu address thread
@@ -39,8 +41,8 @@ gpu-check:  ## on a machine with a GPU, in the current environment, without a ne
 	$(PYTHON) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu -W default
 	@mkdir -p bench/results
-	$(PYTHON) -m bench --device cuda --json bench/results/h200.json
-	$(PYTHON) -m bench --suite all --device cuda --json bench/results/h200-suites.json
+	$(PYTHON) -m bench --full --device cuda --json bench/results/h200.json
+	$(PYTHON) -m bench publish
 
 clean:  ## everything that was built or installed here
 	rm -rf $(VENV) build dist *.egg-info diffusion_runtime/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

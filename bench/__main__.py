@@ -1,129 +1,130 @@
-"""``python -m bench``: tables of ``sample_tokens`` beside its peers. See docs/benchmarks.md."""
+"""``python -m bench``: ours beside its peers, as tables, records and plots. See docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from bench import growth
+from bench import compare, published, report
 from bench.check import WrongAnswerError
-from bench.comparison import compare
-from bench.comparison import markdown as comparisons_markdown
+from bench.comparison import SHORT_MS, measure
 from bench.machine import describe
 from bench.peers import PEERS
-from bench.record import MODES, load
-from bench.report import markdown
-from bench.runners import OP
-from bench.session import Plan, Session
+from bench.record import Record, load
+from bench.scope import DTYPES, Scope
 from bench.suites import SUITES
+from bench.versions import found
 from diffusion_runtime import ops
 
 T = TypeVar("T")
-
-# for a look in between; the compiler is called once for each number of threads
-QUICK = Plan(
-    rows=(64,),
-    vocab=(126_464,),
-    dtypes=("float32",),
-    modes=MODES[:2],
-    left_out=(("compiled", MODES[1].name), ("llada", MODES[1].name)),
-    rounds=5,
-)
+_OTHERS = ("compare", "show", "publish")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    if args.show:
-        print(markdown(load(args.show)))
-        return 0
-    if args.suite:
-        return _suite(args)
-    plan = _plan(args)
+    """The exit status: 1 where a wrong answer was not timed, or where what is published is not current."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(given if given and given[0] in (*_OTHERS, "-h", "--help") else ["run", *given])
+    try:
+        status: int = args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _run(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    level = "quick" if args.quick else "full" if args.full else "normal"
+    scope = Scope(device, args.dtype or tuple(DTYPES), level, args.peer or ())
+    if device.type == "cpu" and args.threads:
+        torch.set_num_threads(args.threads)
+    record = Record(device.type, describe(device), _rules(scope), found())
     start = time.perf_counter()
 
     def say(line: str) -> None:
-        print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
+        if not args.quiet:
+            print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
 
     try:
-        record = Session(plan, say).run()
+        for op in args.what or SUITES:
+            for result in measure(op, SUITES[op], scope, say):
+                record.results.append(result)
+            if args.json:
+                record.save(args.json)  # each time: a run may be cut short
     except (WrongAnswerError, ops.BackendUnavailableError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print(markdown(record))
-    if args.json:
-        record.save(args.json)
+    print(report.markdown(record))
+    if args.plot:
+        from bench import plots
+
+        args.plot.mkdir(parents=True, exist_ok=True)
+        for path in plots.write(record.results, args.plot):
+            say(f"wrote {path}")
     say("done")
     return 0
 
 
-def _suite(args: argparse.Namespace) -> int:
-    device = torch.device(args.device)
-    if device.type == "cpu" and args.threads:
-        torch.set_num_threads(args.threads[0])
-    facts = describe(device) | {"threads": str(torch.get_num_threads())}
-    print("; ".join(f"{name} {fact}" for name, fact in facts.items()))
-    kept: dict[str, object] = {"machine": facts}
-    try:
-        for name in SUITES if args.suite == "all" else [args.suite]:
-            results = list(compare(SUITES[name](device), device, args.rounds))
-            kept[name] = [asdict(result) for result in results]
-            print("", comparisons_markdown(results), sep="\n", flush=True)
-            _keep(kept, args.json)  # each time: a run may be cut short
-    except WrongAnswerError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    if args.suite == "all":
-        points = list(growth.measure(device, args.rounds))
-        kept["growth"] = [asdict(point) for point in points]
-        print("", growth.markdown(points), sep="\n")
-        _keep(kept, args.json)
+def _rules(scope: Scope) -> dict[str, str]:
+    return {
+        "level": scope.level,
+        "rounds": f"{scope.rounds}, and one that does not count",
+        "spread": "20th to 80th percentile; ratios are taken round by round",
+        "caches": f"flushed before calls of {SHORT_MS:g} ms or more, warm for shorter ones",
+    }
+
+
+def _compare(args: argparse.Namespace) -> int:
+    print(compare.markdown(load(args.before), load(args.after)))
     return 0
 
 
-def _keep(kept: dict[str, object], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+def _show(args: argparse.Namespace) -> int:
+    print(report.markdown(load(args.record)))
+    return 0
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    plan = QUICK if args.quick else Plan()
-    plan = replace(
-        plan,
-        rows=args.rows or plan.rows,
-        vocab=args.vocab or plan.vocab,
-        dtypes=args.dtype or plan.dtypes,
-        threads=args.threads or plan.threads,
-        backends=args.backend or plan.backends,
-        peers=args.peers or plan.peers,
-        device=torch.device(args.device),
-    )
-    if plan.device.type == "cuda":
-        plan = replace(plan, threads=(torch.get_num_threads(),), buffers=3)
-    return plan
+def _publish(args: argparse.Namespace) -> int:
+    stale = published.write(check=args.check)
+    for path in stale:
+        print(f"{path} {'is not what the records say: run python -m bench publish' if args.check else 'was written'}")
+    return int(args.check and bool(stale))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=f"Times {OP} beside its peers.")
-    parser.add_argument("--rows", type=_list(_count), help="64,256")
-    parser.add_argument("--vocab", type=_list(_even), help="126464,262144")
-    parser.add_argument("--dtype", type=_list(_one_of("float32", "bfloat16", "float16")))
-    parser.add_argument("--threads", type=_list(_count), help="1,2; CPU only")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--backend", type=_list(str), help="all that can run, but the reference")
-    parser.add_argument("--peers", type=_list(_one_of(*PEERS)), help=",".join(PEERS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record, raw samples included")
-    parser.add_argument("--quick", action="store_true", help="one shape, in less than half a minute")
-    parser.add_argument("--suite", choices=(*SUITES, "all"), help="other ops beside their peers, and how ours grows")
-    parser.add_argument("--rounds", type=_count, default=5, help="of a suite")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of a record, and time nothing")
+    parser = argparse.ArgumentParser(prog="bench", description="Ours beside its peers.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="time it; what is done where no command is named")
+    run.set_defaults(run=_run)
+    run.add_argument("what", nargs="*", type=_one_of(*SUITES), metavar="WHAT", help=f"of {', '.join(SUITES)}; or all")
+    run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--dtype", type=_list(_one_of(*DTYPES)), help="float32,bfloat16")
+    run.add_argument("--threads", type=_count, help="of a CPU (default: all)")
+    run.add_argument(
+        "--peer", type=_list(str), metavar="WORD", help=f"peers with one of these in their names: {PEERS[0]}"
+    )
+    level = run.add_mutually_exclusive_group()
+    level.add_argument("--quick", action="store_true", help="one shape of each op, without a compiler")
+    level.add_argument("--full", action="store_true", help="everything, however long it takes")
+    run.add_argument("--json", type=Path, metavar="FILE", help="keep every sample")
+    run.add_argument("--plot", type=Path, metavar="DIR", help="draw ratios and growth, on light and on dark")
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    moved = commands.add_parser("compare", help="what moved from one record to another, by more than noise")
+    moved.add_argument("before", type=Path)
+    moved.add_argument("after", type=Path)
+    moved.set_defaults(run=_compare)
+    show = commands.add_parser("show", help="the tables of a record")
+    show.add_argument("record", type=Path)
+    show.set_defaults(run=_show)
+    publish = commands.add_parser("publish", help="the tables and plots of README and docs, from the records")
+    publish.add_argument("--check", action="store_true", help="write nothing; fail where they are not current")
+    publish.set_defaults(run=_publish)
     return parser
 
 
@@ -132,17 +133,9 @@ def _list(item: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
-
-
-def _even(text: str) -> int:
-    value = _count(text)
-    if value % 2:
-        raise argparse.ArgumentTypeError(f"the pure read takes rows as words of 4 bytes: expected even, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _one_of(*names: str) -> Callable[[str], str]:

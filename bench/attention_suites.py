@@ -1,9 +1,10 @@
-"""What ``python -m bench --suite square|canvas|prefill`` compares: attention of three kinds of shapes."""
+"""``attention`` of three kinds of shapes: squares, a canvas behind its prefix, and the prefill of a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from bench import optional_peers
 from bench.check import WrongAnswerError
 from bench.comparison import Comparison
+from bench.inputs import backends, dtype_name
+from bench.scope import Scope
 from diffusion_runtime import ops
 
 
@@ -43,87 +47,96 @@ CANVASES = {
     "cuda": tuple((length, prefix) for length in (32, 64, 256) for prefix in (1024, 8192, 32768)),
 }
 PREFILL = 4096
+HEAD_DIMS = (128, 64, 256, 512)
 CUDA_SDPA = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 Attend = Callable[[], Tensor]
 
 
-def square(device: torch.device) -> Iterator[Comparison]:
+def square(scope: Scope) -> Iterator[Comparison]:
     """Every query sees every key, as many of them: heads of 64, 128, 256 and 512."""
-    for dtype, dim, (length, heads) in _grid(device, (64, 128, 256, 512), SQUARES[device.type]):
+    device = scope.device
+    for dtype, dim, (length, heads) in _grid(scope, HEAD_DIMS, SQUARES[device.type]):
         query, key, value = (_noise(i, 1, heads, length, dim, device=device, dtype=dtype) for i in range(3))
         yield Comparison(
-            f"Square attention, {_name(dtype)}",
+            f"Square attention, {dtype_name(dtype)}",
             f"{heads} heads of {dim}, {length} tokens",
             (ours := _ours(device, dtype, query, key, value)),
-            _dense_peers(device, query, key, value),
-            partial(_check, ours, query, key, value, None),
+            _dense_peers(device, query, key, value) | (others := optional_peers.attention(query, key, value)),
+            partial(_check, ours | others, query, key, value, None),
             {"the products": _products(heads, length, length, dim, device, dtype)},
             flop=4.0 * heads * length * length * dim,
         )
 
 
-def canvas(device: torch.device) -> Iterator[Comparison]:
+def canvas(scope: Scope) -> Iterator[Comparison]:
     """A canvas that sees a decided prefix and itself, beside joining them first, as libraries do."""
-    for dtype, layer, (length, before) in _grid(device, LAYERS, CANVASES[device.type]):
-        heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
-        query = _noise(0, 1, heads, length, dim, device=device, dtype=dtype)
-        key, value = (_noise(i, 1, kv_heads, length, dim, device=device, dtype=dtype) for i in (1, 2))
-        decided = [_noise(i, 1, kv_heads, before, dim, device=device, dtype=dtype) for i in (3, 4)]
-        mask = None if layer.window is None else ops.PrefixWindow(layer.window)
-        ours = _ours(device, dtype, query, key, value, prefix=ops.Prefix(*decided), mask=mask)
-        seen = [x[:, :, -layer.window :] for x in decided] if layer.window else decided
-        keys, values = torch.cat((seen[0], key), 2), torch.cat((seen[1], value), 2)
-        num_keys = keys.shape[2]
-        yield Comparison(
-            f"A canvas and its prefix, {layer.name}, {_name(dtype)}",
-            f"{length} queries, prefix {before}",
-            ours,
-            {
-                "cat + SDPA": partial(_joined, query, key, value, seen, repeat=False),
-                "cat + repeat + SDPA": partial(_joined, query, key, value, seen, repeat=True),
-            },
-            partial(_check, ours, query, keys, values, None),
-            {
-                "a read of the keys": partial(_read, keys, values),
-                "the products": _products(heads, length, num_keys, dim, device, dtype),
-            },
-            flop=4.0 * heads * length * num_keys * dim,
-        )
+    device = scope.device
+    for dtype, layer, (length, before) in _grid(scope, LAYERS, CANVASES[device.type]):
+        yield behind_prefix(device, dtype, layer, length, before)
 
 
-def prefill(device: torch.device) -> Iterator[Comparison]:
+def behind_prefix(device: torch.device, dtype: torch.dtype, layer: Layer, length: int, before: int) -> Comparison:
+    """So many queries and their keys, behind so many keys."""
+    heads, kv_heads, dim = layer.heads, layer.kv_heads, layer.head_dim
+    query = _noise(0, 1, heads, length, dim, device=device, dtype=dtype)
+    key, value = (_noise(i, 1, kv_heads, length, dim, device=device, dtype=dtype) for i in (1, 2))
+    decided = [_noise(i, 1, kv_heads, before, dim, device=device, dtype=dtype) for i in (3, 4)]
+    mask = None if layer.window is None else ops.PrefixWindow(layer.window)
+    ours = _ours(device, dtype, query, key, value, prefix=ops.Prefix(*decided), mask=mask)
+    seen = [x[:, :, -layer.window :] for x in decided] if layer.window else decided
+    keys, values = torch.cat((seen[0], key), 2), torch.cat((seen[1], value), 2)
+    num_keys = keys.shape[2]
+    return Comparison(
+        f"A canvas and its prefix, {layer.name}, {dtype_name(dtype)}",
+        f"{length} queries, prefix {before}",
+        ours,
+        {
+            "cat + SDPA": partial(_joined, query, key, value, seen, repeat=False),
+            "cat + repeat + SDPA": partial(_joined, query, key, value, seen, repeat=True),
+        },
+        partial(_check, ours, query, keys, values, None),
+        {
+            "a read of the keys": partial(_read, keys, values),
+            "the products": _products(heads, length, num_keys, dim, device, dtype),
+        },
+        flop=4.0 * heads * length * num_keys * dim,
+    )
+
+
+def prefill(scope: Scope) -> Iterator[Comparison]:
     """A prompt of several blocks, each of which sees itself and those before."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    for dtype, layer, length in _grid(device, LAYERS[:3], (PREFILL,)):
+    device = scope.device
+    for dtype, layer, length in _grid(scope, LAYERS[:3], (PREFILL,)):
         query = _noise(0, 1, layer.heads, length, layer.head_dim, device=device, dtype=dtype)
         key, value = (_noise(i, 1, layer.kv_heads, length, layer.head_dim, device=device, dtype=dtype) for i in (1, 2))
         block = torch.arange(length, device=device) // 32
         mask = block[:, None] >= block
         blocks = create_block_mask(lambda b, h, q, k: q // 32 >= k // 32, None, None, length, length, device=device)
+        flex = partial(_flex(), query, key, value, block_mask=blocks, enable_gqa=True)
         ours = _ours(device, dtype, query, key, value, mask=ops.BlockCausal(32))
         yield Comparison(
-            f"Block-causal prefill, blocks of 32, {_name(dtype)}",
+            f"Block-causal prefill, blocks of 32, {dtype_name(dtype)}",
             f"{layer.name}, {length} tokens",
             ours,
             {
                 "SDPA with a mask": partial(sdpa, query, key, value, attn_mask=mask, enable_gqa=True),
-                "FlexAttention": partial(_flex(), query, key, value, block_mask=blocks, enable_gqa=True),
-            },
+            }
+            | ({} if scope.level == "quick" else {"FlexAttention": flex}),
             partial(_check, ours, query, key, value, mask),
             flop=4.0 * layer.heads * layer.head_dim * float(mask.sum()),
         )
 
 
-def _grid(device: torch.device, first: Any, second: Any) -> Iterator[tuple[torch.dtype, Any, Any]]:
+def _grid(scope: Scope, first: Any, second: Any) -> Iterator[tuple[torch.dtype, Any, Any]]:
     """On a GPU nobody attends in float32."""
-    dtypes = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
-    return ((dtype, a, b) for dtype in dtypes for a in first for b in second)
+    dtypes = scope.torch_dtypes() if scope.device.type == "cpu" else [torch.bfloat16]
+    return product(dtypes, scope.some(first), scope.some(second))
 
 
 def _ours(device: torch.device, dtype: torch.dtype, *tensors: Tensor, **kwargs: Any) -> dict[str, Attend]:
-    left_out = {"reference", "triton"} if device.type == "cpu" else {"reference"}
-    names = [name for name in ops.available_backends("attention", device.type, dtype) if name not in left_out]
+    names = backends("attention", device, dtype)
     return {name: partial(ops.attention, *tensors, backend=name, **kwargs) for name in names}
 
 
@@ -186,7 +199,3 @@ def _check(ours: Mapping[str, Attend], query: Tensor, key: Tensor, value: Tensor
 def _noise(seed: int, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from bench.memory import peak_extra_mb, unmeasurable
-from bench.text import megabytes, number, significant, table
-from bench.timing import Call, CudaTimer, Spread, cpu_ms, interleave, ratio
+from bench.record import Result, Timed
+from bench.scope import Scope
+from bench.timing import Call, CudaTimer, cold_ms, cpu_ms, interleave, launch_us, warm_ms
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,16 @@ class Comparison:
     """What is timed together, in one process, in one round after the other.
 
     Args:
-        group: Comparisons of one group share a table.
-        case: The first column.
-        ours: Calls of ours by name.
-        peers: Calls that do the same work.
-        limits: Calls that do a part of it which nobody can be faster than: a read of the input, a product alone.
-        check: Raises WrongAnswerError where an answer of ours is wrong; called before anything is timed.
-        flop: Floating-point operations of one call, where they are what it is about.
+        group: comparisons of one group share a table.
+        case: the first column.
+        ours: calls of ours by name.
+        peers: calls that do the same work.
+        check: raises WrongAnswerError where an answer of ours is wrong; called before anything is timed.
+        limits: calls that do a part of it which nobody can be faster than: a read of the input, a product alone.
+        flop: floating-point operations of one call, where they are what it is about.
+        num_bytes: that one call must read and write at least, where they are what it is about.
+        tokens: that one call decides, in so many ``forwards``: of whole answers.
+        at: where on the curve of its group, of which ``case`` names the unit; 0: the group is no curve.
     """
 
     group: str
@@ -33,72 +37,64 @@ class Comparison:
     check: Callable[[], None]
     limits: Mapping[str, Call] = field(default_factory=dict)
     flop: float = 0.0  # 0: not what matters
+    num_bytes: float = 0.0
+    tokens: int = 0
+    forwards: int = 0
+    at: float = 0.0
 
 
-@dataclass(frozen=True)
-class Result:
-    """Raw samples in ms and peak memory in MB (None: not measured), by the names of the comparison's calls."""
-
-    group: str
-    case: str
-    ours: tuple[str, ...]
-    peers: tuple[str, ...]
-    limits: tuple[str, ...]
-    ms: dict[str, list[float]]
-    peak_mb: dict[str, float | None]
-    flop: float
+SHORT_MS = 1.0  # what is shorter works on little, which in a model has just been computed
+Suite = Callable[[Scope], Iterator[Comparison]]
 
 
-def compare(comparisons: Iterable[Comparison], device: torch.device, rounds: int) -> Iterator[Result]:
-    """Check, then measure, each comparison; they may be made while this runs."""
-    timer = CudaTimer(device) if device.type == "cuda" else cpu_ms
-    blind = unmeasurable(device) is not None
-    for comparison in comparisons:
-        calls = {**comparison.ours, **comparison.peers, **comparison.limits}
+def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> Iterator[Result]:
+    """Check, then measure, each comparison of a suite; they may be made while this runs.
+
+    Raises:
+        WrongAnswerError: an answer of ours is wrong. Nothing of that comparison is timed.
+    """
+    on_gpu = CudaTimer(scope.device) if scope.device.type == "cuda" else None
+    blind = unmeasurable(scope.device) is not None
+    for comparison in suite(scope):
+        say(f"{op}: {comparison.group}, {comparison.case}")
+        kinds = {
+            "ours": comparison.ours,
+            "peer": {name: call for name, call in comparison.peers.items() if scope.wants(name)},
+            "limit": comparison.limits,
+        }
+        calls = {name: call for several in kinds.values() for name, call in several.items()}
         with torch.no_grad():
-            for call in comparison.ours.values():
-                call()  # the first call loads code, which would count as memory
+            for call in calls.values():
+                call()  # the first call loads code or compiles it, which would count as memory
             comparison.check()
-            peak = {name: None if blind else peak_extra_mb(call, device)[1] for name, call in calls.items()}
-            ms = interleave({name: _without_round(call) for name, call in calls.items()}, timer, rounds)
+            peak = {name: None if blind else peak_extra_mb(call, scope.device)[1] for name, call in calls.items()}
+            cold = on_gpu is not None or min(map(cpu_ms, comparison.ours.values())) > SHORT_MS
+            ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), scope.rounds)
+            launch = {name: launch_us(call) for name, call in comparison.ours.items() if scope.device.type == "cuda"}
         yield Result(
+            op,
             comparison.group,
             comparison.case,
-            tuple(comparison.ours),
-            tuple(comparison.peers),
-            tuple(comparison.limits),
-            {name: [round(sample, 5) for sample in samples] for name, samples in ms.items()},
-            peak,
+            torch.get_num_threads() if scope.device.type == "cpu" else 0,
+            cold,
+            [
+                Timed(name, kind, [round(sample, 5) for sample in ms[name]], peak[name], launch.get(name))
+                for kind, several in kinds.items()
+                for name in several
+            ],
             comparison.flop,
+            comparison.num_bytes,
+            comparison.tokens,
+            comparison.forwards,
+            comparison.at,
         )
 
 
-def _without_round(call: Call) -> Callable[[int], object]:
-    return lambda _: call()
+def merged(*suites: Suite) -> Suite:
+    """One after the other."""
 
+    def run(scope: Scope) -> Iterator[Comparison]:
+        for suite in suites:
+            yield from suite(scope)
 
-def markdown(results: Iterable[Result]) -> str:
-    """A table for each group."""
-    results = list(results)
-    parts = []
-    for group in dict.fromkeys(result.group for result in results):
-        parts.append(f"### {group}")
-        parts.append(table(line for result in results if result.group == group for line in _lines(result)))
-    return "\n\n".join(parts)
-
-
-def _lines(result: Result) -> Iterator[dict[str, str]]:
-    for name in result.ours:
-        mine = result.ms[name]
-        line = {"case": result.case, "ours": name, "ms": number(Spread.of(mine))}
-        if result.flop:
-            line["TFLOP/s"] = significant(result.flop / Spread.of(mine).median / 1e9)
-        for peer in result.peers:
-            times, ms = ratio(result.ms[peer], mine), significant(Spread.of(result.ms[peer]).median)
-            verdict = "no verdict" if times.holds(1) else f"{significant(times.median)}x"
-            line[f"vs {peer}"] = f"{ms} ms, {verdict} ({significant(times.low)}-{significant(times.high)})"
-        for limit in result.limits:
-            line[f"share that is {limit}"] = f"{ratio(result.ms[limit], mine).median:.0%}"
-        names = [name, *result.peers]
-        line["peak MB: ours, peers"] = ", ".join(megabytes(result.peak_mb[each]) for each in names)
-        yield line
+    return run

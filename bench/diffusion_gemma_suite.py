@@ -1,4 +1,4 @@
-"""What ``python -m bench --suite diffusion_gemma`` compares: a whole denoising step through transformers."""
+"""A whole denoising step of DiffusionGemma through transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 
 from bench.check import WrongAnswerError
 from bench.comparison import Comparison
+from bench.inputs import dtype_name
+from bench.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ SIZES: dict[str, tuple[Size, ...]] = {
 }
 
 
-def diffusion_gemma(device: torch.device) -> Iterator[Comparison]:
+def step(scope: Scope) -> Iterator[Comparison]:
     """A denoising step of an accelerated model beside one of the same weights as transformers has them."""
     from diffusion_runtime.integrations.transformers import accelerate, restore, unregister
 
-    for size in SIZES[device.type]:
+    device = scope.device
+    for size in scope.some(SIZES[device.type]):
         stock = _model(size, device)
         ours = copy.deepcopy(stock, {id(weight): weight for weight in stock.parameters()})  # the same weights
         accelerate(ours)
@@ -101,7 +104,7 @@ def diffusion_gemma(device: torch.device) -> Iterator[Comparison]:
             if length <= size.static_up_to and batch == 1:
                 peers["transformers, compiled"] = _step(stock, prompt, size, cache_implementation="static")
             yield Comparison(
-                f"DiffusionGemma, {size.name}, {str(size.dtype).removeprefix('torch.')}: {size.canvas} tokens a step",
+                f"DiffusionGemma, {size.name}, {dtype_name(size.dtype)}: {size.canvas} tokens a step",
                 f"{batch} x {length} tokens before it",
                 {"accelerated": _step(ours, prompt, size)},
                 peers,

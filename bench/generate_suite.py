@@ -1,4 +1,4 @@
-"""What ``python -m bench --suite generate`` and ``pycode`` compare: whole answers, beside the published loops."""
+"""Whole answers, beside the published loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from torch.nn import functional
 from bench import plain_models
 from bench.check import SEED, WrongAnswerError
 from bench.comparison import Comparison
+from bench.inputs import dtype_name
 from bench.plain_models import Past
+from bench.scope import Scope
 from diffusion_runtime import Denoiser, load
 from diffusion_runtime.loading import local_folder
 from diffusion_runtime.models import LLaDA, LLaDAConfig
@@ -59,8 +61,11 @@ CACHES = ("none", "prefix", "dual")
 PYCODE = tuple(product(((1, 224, 32), (8, 224, 32)), ((1, 0.0), (4, 0.0), (4, 1.0))))
 
 
-def generate(device: torch.device) -> Iterator[Comparison]:
+def llada(scope: Scope) -> Iterator[Comparison]:
     """Answers at temperature 1 by our loop, by cache, beside the published one with torch's attention."""
+    if not scope.full:
+        return  # the published loop takes half a minute
+    device = scope.device
     size = SIZES[device.type]
     model = _model(size, device)
     loops = {"published loop": plain_models.llada(model)}
@@ -76,7 +81,7 @@ def generate(device: torch.device) -> Iterator[Comparison]:
         )
         at_least = 0.95 if size.dtype == torch.float32 else 0.5
         yield Comparison(
-            f"LLaDA, {size.name}, {str(size.dtype).removeprefix('torch.')}: {answer} tokens in {steps} forwards",
+            f"LLaDA, {size.name}, {dtype_name(size.dtype)}: {answer} tokens in {steps} forwards",
             f"{batch} x {length}",
             {
                 f"cache {cache}": partial(
@@ -92,10 +97,12 @@ def generate(device: torch.device) -> Iterator[Comparison]:
                 for name, forward in loops.items()
             },
             partial(_check, Denoiser(model, **settings), prompt, answer, right, at_least),
+            tokens=batch * answer,
+            forwards=steps,
         )
 
 
-def pycode(device: torch.device) -> Iterator[Comparison]:
+def pycode(scope: Scope) -> Iterator[Comparison]:
     """The model that ships continues modules that it was not trained on.
 
     Beside the published loop without a cache, and beside it with the cache of blocks that SDAR's own code has. At
@@ -103,14 +110,14 @@ def pycode(device: torch.device) -> Iterator[Comparison]:
     """
     from tokenizers import Tokenizer
 
-    folder = local_folder("pycode")
+    folder, device = local_folder("pycode"), scope.device
     if folder is None:
         return
     model: Any = load(folder, dtype=torch.float32, device=device)
     text = "".join(inspect.getsource(module) for module in (heapq, textwrap, calendar))
     ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, device=device)
     forward, block, mask = plain_models.sdar(model), model.block_length, model.mask_token_id
-    for (batch, length, answer), (at_once, temperature) in PYCODE:
+    for (batch, length, answer), (at_once, temperature) in PYCODE if scope.full else PYCODE[1::3]:
         prompt = ids[: batch * length].view(batch, length)
         settings: dict[str, Any] = {"cache": "block", "num_steps": answer // at_once, "block_length": block}
         denoiser = Denoiser(model, temperature=temperature, **settings)
@@ -126,6 +133,8 @@ def pycode(device: torch.device) -> Iterator[Comparison]:
                 "with its cache": partial(behind_cache, temperature=temperature),
             },
             partial(_check, Denoiser(model, **settings), prompt, answer, partial(plain, temperature=0.0), 0.99),
+            tokens=batch * answer,
+            forwards=answer // at_once,
         )
 
 

@@ -1,89 +1,106 @@
-"""What a run of the bench leaves: every raw sample, from which the tables are made."""
+"""What a run of the bench leaves: every raw sample, from which tables and plots are made."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-SCHEMA = 1
-KINDS = ("ours", "instruction set", "peer", "read", "copy")
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What is asked of a row besides its statistics, which are always those at temperature 1."""
-
-    name: str
-    temperature: float
-
-
-MODES = (Mode("statistics", 0.0), Mode("sampled at 1", 1.0), Mode("sampled at 0.7", 0.7))
+SCHEMA = 2
+KINDS = ("ours", "peer", "limit")
 
 
 @dataclass(frozen=True)
-class Group:
-    """What was timed together: round by round, in one process, on the same logits."""
-
-    rows: int
-    vocab: int
-    dtype: str
-    threads: int
-    mode: str
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One runner in one group. Sample ``i`` of each runner of a group comes from the same round.
+class Timed:
+    """A call of a comparison. Sample ``i`` of all of them comes from the same round.
 
     Args:
-        kind: One of :data:`KINDS`.
-        ms: Raw samples; empty where ``not_run`` says why there are none.
-        bytes_moved: Of one call; for ours and peers the logits, read once.
-        peak_mb: Memory in use at the worst moment of a call, beyond what was in use before it; 10^6 bytes.
-        launch_us: Time the host needs to enqueue a call (GPU only).
+        name: of the backend, the peer or the limit.
+        kind: one of :data:`KINDS`.
+        ms: raw samples.
+        peak_mb: memory in use at the worst moment of a call, beyond what was in use before it; 10^6 bytes. None: it
+            cannot be measured on that machine.
+        launch_us: time that the host needs to enqueue a call; of ours, on a GPU.
     """
 
-    group: Group
-    runner: str
+    name: str
     kind: str
     ms: list[float]
-    bytes_moved: int
     peak_mb: float | None = None
     launch_us: float | None = None
-    not_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A comparison as it was measured; see :class:`bench.comparison.Comparison`."""
+
+    op: str
+    group: str
+    case: str
+    threads: int  # 0 on a GPU
+    cold: bool  # whether caches were flushed before each call
+    timed: list[Timed]
+    flop: float = 0.0
+    num_bytes: float = 0.0
+    tokens: int = 0
+    forwards: int = 0
+    at: float = 0.0
+
+    def of(self, kind: str) -> list[Timed]:
+        """The calls of one kind, in their order."""
+        return [timed for timed in self.timed if timed.kind == kind]
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What it is, in any record."""
+        return self.op, self.group, self.case, self.threads
 
 
 @dataclass(frozen=True)
 class Record:
-    """A whole run."""
+    """A whole run.
 
-    op: str
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        machine: what it ran on and with.
+        rules: how it was timed.
+        peers: libraries that peers need, and their versions, or that they are not here.
+        results: of every comparison.
+    """
+
     device: str
     machine: dict[str, str]
     rules: dict[str, str]
-    measurements: list[Measurement]
+    peers: dict[str, str]
+    results: list[Result] = field(default_factory=list)
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
-        """One measurement a line: a diff of two records can be read."""
-        fields = asdict(self)
-        measurements = fields.pop("measurements")
-        lines = ",\n".join("  " + json.dumps(m) for m in measurements)
-        head = json.dumps(fields, indent=1).removesuffix("\n}")
-        path.write_text(f'{head},\n "measurements": [\n{lines}\n ]\n}}\n')
+        """One result a line: a diff of two records can be read."""
+        head = asdict(self)
+        lines = ",\n".join("  " + json.dumps(result) for result in head.pop("results"))
+        path.write_text(json.dumps(head, indent=1).removesuffix("\n}") + f',\n "results": [\n{lines}\n ]\n}}\n')
 
 
 def load(path: Path) -> Record:
-    fields = json.loads(path.read_text())
-    if fields["schema"] != SCHEMA:
-        raise ValueError(f"{path} has schema {fields['schema']}, this bench reads {SCHEMA}")
-    measurements = [Measurement(**{**m, "group": Group(**m["group"])}) for m in fields.pop("measurements")]
-    return Record(**fields, measurements=measurements)
+    """Read what :meth:`Record.save` wrote.
+
+    Raises:
+        ValueError: it is no record, or one of another schema.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] != SCHEMA:
+            raise ValueError(f"{path} has schema {found['schema']}, this bench reads {SCHEMA}")
+        results = [_made(Result, {**r, "timed": [_made(Timed, t) for t in r["timed"]]}) for r in found.pop("results")]
+        record: Record = _made(Record, {**found, "results": results})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a record of the bench: {type(error).__name__} {error}") from error
+    return record
 
 
-def fastest_read(runs: Iterable[Measurement]) -> Measurement:
-    """The pure read that the shares are taken of: not the one that flatters."""
-    return min((run for run in runs if run.kind == "read"), key=lambda run: median(run.ms))
+def _made(kind: Any, values: dict[str, Any]) -> Any:
+    if unknown := values.keys() - {each.name for each in fields(kind)}:
+        raise TypeError(f"unknown fields {sorted(unknown)}")
+    return kind(**values)

@@ -1,80 +1,83 @@
-"""A record as markdown: the acceptance bars, then a table for each shape and dtype."""
+"""A record as markdown: what it ran on, a line for each op, and a table for each shape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from statistics import geometric_mean
 
-from bench.acceptance import bars
-from bench.record import Group, Measurement, Record, fastest_read
+from bench.record import Record, Result, Timed
 from bench.text import megabytes, number, significant, table
 from bench.timing import Spread, ratio
 
-PEER_TITLES = {"eager": "eager torch", "compiled": "torch.compile", "llada": "LLaDA, float64"}
-
 
 def markdown(record: Record) -> str:
+    """All of it."""
     facts = ["; ".join(f"{name} {fact}" for name, fact in part.items()) for part in (record.machine, record.rules)]
-    parts = [f"`{record.op}` on {record.device}", *facts, *bars(record)]
-    groups = _groups(record)
-    for shape in dict.fromkeys((g.rows, g.vocab, g.dtype) for g in groups):
-        chosen = {g: runs for g, runs in groups.items() if (g.rows, g.vocab, g.dtype) == shape}
-        mb = next(iter(next(iter(chosen.values())).values())).bytes_moved / 1e6
-        parts.append(f"### [{shape[0]}, {shape[1]}] {shape[2]}, {mb:.1f} MB")
-        parts.append(table(_lines(record, chosen)))
-    sets = table(_instruction_set_lines(groups))
-    return "\n\n".join([*parts, *(["### Instruction sets of the C++ backend", sets] if sets else [])])
+    peers = "peers: " + ", ".join(f"{name} {version}" for name, version in record.peers.items())
+    return "\n\n".join([*facts, peers, "## Summary", summary(record.results), *tables(record.results)])
 
 
-def _groups(record: Record) -> dict[Group, dict[str, Measurement]]:
-    groups: dict[Group, dict[str, Measurement]] = {}
-    for measurement in record.measurements:
-        groups.setdefault(measurement.group, {})[measurement.runner] = measurement
-    return groups
-
-
-def _lines(record: Record, groups: dict[Group, dict[str, Measurement]]) -> Iterator[dict[str, str]]:
-    on_gpu = record.device == "cuda"
-    for group, runs in sorted(groups.items(), key=lambda item: item[0].threads):
-        read = fastest_read(runs.values())
-        peers = [runs[name] for name in PEER_TITLES]
-        for ours in (run for run in runs.values() if run.kind == "ours"):
-            spread = Spread.of(ours.ms)
-            line = {} if on_gpu else {"threads": str(group.threads)}
-            line |= {"case": group.mode, "backend": ours.runner, "ms": number(spread)}
-            line |= {f"vs {PEER_TITLES[peer.runner]}": against(peer, ours) for peer in peers}
-            line["GB/s"] = f"{ours.bytes_moved / spread.median / 1e6:.1f}"
-            line["of the pure read"] = f"{ratio(read.ms, ours.ms).median:.0%} of {read.runner}"
-            if on_gpu:
-                rate = runs["copy"].bytes_moved / ours.bytes_moved
-                line["of the copy"] = f"{ratio(runs['copy'].ms, ours.ms).median / rate:.0%}"
-                line["launch us"] = f"{ours.launch_us:.0f}"
-            line["peak MB: ours, peers"] = ", ".join(megabytes(run.peak_mb) for run in (ours, *peers))
-            yield line
-
-
-def _instruction_set_lines(groups: dict[Group, dict[str, Measurement]]) -> Iterator[dict[str, str]]:
-    for group, runs in groups.items():
-        sets = [run for run in runs.values() if run.kind == "instruction set"]
-        if not sets:
-            continue
-        read = fastest_read(runs.values())
-        line = {
-            "shape": f"[{group.rows}, {group.vocab}] {group.dtype}",
-            "threads": str(group.threads),
-            "case": group.mode,
+def summary(results: Iterable[Result]) -> str:
+    """How many times as long as ours each peer takes, over all cases of an op."""
+    ratios: dict[tuple[str, str], list[Spread]] = {}
+    for result in results:
+        for peer in result.of("peer"):
+            ratios.setdefault((result.op, peer.name), []).append(ratio(peer.ms, fastest(result).ms))
+    return table(
+        {
+            "op": op,
+            "beside": peer,
+            "times as long, mean": f"{significant(geometric_mean([each.median for each in found]))}x",
+            "least": f"{significant(min(each.median for each in found))}x",
+            "most": f"{significant(max(each.median for each in found))}x",
+            "cases": str(len(found)),
+            "lost": str(sum(each.high < 1 for each in found)),
         }
-        for run in sets:
-            share = ratio(read.ms, run.ms).median
-            line[f"{run.runner.removeprefix('cpp ')}: ms, of the read"] = f"{number(Spread.of(run.ms))}, {share:.0%}"
+        for (op, peer), found in ratios.items()
+    )
+
+
+def fastest(result: Result) -> Timed:
+    """Of ours, the one that a user gets: the first that is named, unless another is faster."""
+    return min(result.of("ours"), key=lambda timed: Spread.of(timed.ms).median)
+
+
+def tables(results: Iterable[Result]) -> Iterator[str]:
+    """A heading and a table for each group."""
+    results = list(results)
+    for op, group in dict.fromkeys((result.op, result.group) for result in results):
+        yield f"### {group}"
+        yield table(line for r in results if (r.op, r.group) == (op, group) for line in _lines(r))
+
+
+def _lines(result: Result) -> Iterator[dict[str, str]]:
+    peers = result.of("peer")
+    for mine in result.of("ours"):
+        spread = Spread.of(mine.ms)
+        line = {"case": result.case}
+        if result.threads:
+            line["threads"] = str(result.threads)
+        line |= {"ours": mine.name, "ms": number(spread)}
+        if result.flop:
+            line["GFLOP/s"] = significant(result.flop / spread.median / 1e6)
+        if result.num_bytes:
+            line["GB/s"] = significant(result.num_bytes / spread.median / 1e6)
+        if result.tokens:
+            line["forwards"] = str(result.forwards)
+            line["tokens/s"] = significant(1e3 * result.tokens / spread.median)
+        line |= {f"vs {peer.name}": against(peer, mine) for peer in peers}
+        for limit in result.of("limit"):
+            line[f"share that is {limit.name}"] = f"{ratio(limit.ms, mine.ms).median:.0%}"
+        if mine.launch_us is not None:
+            line["launch us"] = f"{mine.launch_us:.0f}"
+        line["peak MB: ours, peers"] = ", ".join(megabytes(each.peak_mb) for each in (mine, *peers))
         yield line
 
 
-def against(peer: Measurement, ours: Measurement) -> str:
-    """The peer's time and how many times as long as ours it is, or why nothing is said."""
-    if peer.not_run:
-        return f"not run: {peer.not_run}"
-    times = ratio(peer.ms, ours.ms)
-    ms = f"{significant(Spread.of(peer.ms).median)} ms"
+def against(peer: Timed, ours: Timed) -> str:
+    """The peer's time and how many times as long as ours it is; nothing is said where the spread holds 1."""
+    times, ms = ratio(peer.ms, ours.ms), significant(Spread.of(peer.ms).median)
     if times.holds(1):
-        return f"{ms}, no verdict ({times.low:.2f}-{times.high:.2f})"
-    return f"{ms}, {significant(times.median)}x ({significant(times.low)}-{significant(times.high)})"
+        return f"{ms} ms, no verdict"
+    said = f"{significant(times.median)}x" if times.median > 1 else f"**{significant(times.median)}x**"
+    return f"{ms} ms, {said} ({significant(times.low)}-{significant(times.high)})"

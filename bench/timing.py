@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,38 @@ def cpu_ms(call: Call) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+def cold_ms(call: Call) -> float:
+    """From caches that hold nothing of the inputs: as much else was written before as they can hold, twice."""
+    _other_memory().add_(1)
+    return cpu_ms(call)
+
+
+def warm_ms(call: Call) -> float:
+    """The mean of as many calls as a millisecond takes, the inputs where the last one left them."""
+    count = min(1000, max(1, round(1 / max(cpu_ms(call), 1e-3))))
+
+    def several() -> None:
+        for _ in range(count):
+            call()
+
+    return cpu_ms(several) / count
+
+
+@cache
+def _other_memory() -> torch.Tensor:
+    return torch.zeros(2 * last_cache_bytes(), dtype=torch.uint8)
+
+
+def last_cache_bytes() -> int:
+    """The size of the last cache as Linux tells it; elsewhere 32 MiB."""
+    found = [
+        int(file.read_text().strip().removesuffix("K")) * 1024
+        for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if file.read_text().strip().endswith("K")
+    ]
+    return max(found, default=32 << 20)
+
+
 class CudaTimer:
     """Device time between two events, from a cold L2."""
 
@@ -72,20 +106,15 @@ def launch_us(call: Call, calls: int = 20) -> float:
     return statistics.median(samples)
 
 
-def interleave(
-    calls: dict[str, Callable[[int], object]], timer: Callable[[Call], float], rounds: int
-) -> dict[str, list[float]]:
-    """Time each call once a round, in an order shuffled anew, after one round that does not count.
-
-    A call is given the number of its round.
-    """
+def interleave(calls: Mapping[str, Call], timer: Callable[[Call], float], rounds: int) -> dict[str, list[float]]:
+    """Time each call once a round, in an order shuffled anew, after one round that does not count."""
     names = list(calls)
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         order.shuffle(names)
         for name in names:
-            ms = timer(lambda name=name, number=number: calls[name](number))  # type: ignore[misc]
+            ms = timer(calls[name])
             if number > 0:
                 samples[name].append(ms)
     return samples

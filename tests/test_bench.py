@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import runners
+from bench import compare, plots, published, report
 from bench.__main__ import main
-from bench.acceptance import bars
 from bench.check import Truth, WrongAnswerError
+from bench.comparison import Comparison, measure
 from bench.memory import available_mb, peak_extra_mb, unmeasurable
 from bench.peers import PEERS, make_peer
-from bench.record import MODES, Group, Measurement, Record, fastest_read, load
-from bench.report import against, markdown
-from bench.session import Plan, Session
+from bench.record import Record, Result, Timed, load
+from bench.sampling_suites import MODES
+from bench.scope import Scope
 from bench.text import megabytes, table
-from bench.timing import Spread, interleave, ratio
-from diffusion_runtime import ops
+from bench.timing import Spread, interleave, ratio, warm_ms
 
 CPU = torch.device("cpu")
-TINY = ["--quick", "--device", "cpu", "--rows", "2,5", "--vocab", "300", "--dtype", "float32,bfloat16"]
-REFERENCE = ["--backend", "reference", "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -33,73 +31,60 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def _measurement(runner: str, kind: str, ms: list[float], mode: str = "statistics", **fields: object) -> Measurement:
-    group = Group(64, 126_464, "float32", 1, mode)
-    return Measurement(group, runner, kind, ms, 32_374_784, **fields)  # type: ignore[arg-type]
+def timed(name: str, kind: str, ms: list[float], mb: float | None = 0.1) -> Timed:
+    return Timed(name, kind, ms, mb)
 
 
-def _record(*measurements: Measurement) -> Record:
-    return Record("sample_tokens", "cpu", {"CPU": "a test"}, {}, list(measurements))
+def result(*calls: Timed, op: str = "op", case: str = "case", **fields: float) -> Result:
+    return Result(op, "group", case, 2, True, list(calls), **fields)  # type: ignore[arg-type]
 
 
-def test_a_quick_run_prints_tables_and_writes_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "record.json"
-    assert main([*TINY, *REFERENCE, "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    assert "### [5, 300] bfloat16" in printed
-
-    record = load(path)
-    assert (record.op, record.device) == ("sample_tokens", "cpu")
-    assert {"CPU", "torch", "date", "diffusion-runtime"} <= record.machine.keys()
-    assert len({m.group for m in record.measurements}) == 2 * 2 * 2  # rows, dtypes, modes
-    for measurement in record.measurements:
-        assert (measurement.not_run is None) == (len(measurement.ms) == 5)
-        assert all(sample > 0 for sample in measurement.ms)
-    assert {m.runner for m in record.measurements if m.kind == "peer"} == set(PEERS)
-    assert {m.runner for m in record.measurements if m.not_run} == {"compiled", "llada"}  # left out where sampled
-
-    assert main(["--show", str(path)]) == 0
-    assert capsys.readouterr().out == printed
+def record(*results: Result) -> Record:
+    return Record("cpu", {"CPU": "a test"}, {}, {"torch": "1"}, list(results))
 
 
-def test_all_that_can_run_is_timed_by_default():
-    plan = Plan(rows=(3,), vocab=(300,), dtypes=("float32",), threads=(1,), modes=MODES[1:2], peers=(), rounds=2)
-    record = Session(plan, lambda _: None).run()
-    ours = {m.runner for m in record.measurements if m.kind == "ours"}
-    assert ours == set(ops.available_backends("sample_tokens", "cpu", torch.float32)) - {"reference", "triton"}
-    assert {m.not_run for m in record.measurements if m.kind == "peer"} == {"not asked for"}
-    if "cpp" in ours:
-        assert any(m.runner == "cpp portable" for m in record.measurements)
-        assert "### Instruction sets" in markdown(record)
+def suite(*comparisons: Comparison) -> Callable[[Scope], Iterator[Comparison]]:
+    return lambda _: iter(comparisons)
 
 
-@pytest.mark.parametrize("field", ["token", "logprob", "confidence", "margin", "entropy", "logsumexp"])
-def test_a_wrong_answer_is_not_timed(field: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def wrong(*args: object, **kwargs: object) -> ops.TokenSamples:
-        samples = ops.sample_tokens(*args, **kwargs)  # type: ignore[arg-type]
-        values = getattr(samples, field)
-        return samples._replace(**{field: values + (1 if field == "token" else 0.01)})
-
-    monkeypatch.setattr(runners, "ops", type("Broken", (), {"sample_tokens": staticmethod(wrong)}))
-    monkeypatch.setattr("bench.session.interleave", lambda *_: pytest.fail("timed"))
-    assert main([*TINY, *REFERENCE]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert f"reference is not timed, its answer is wrong: {field} of row 0" in err
+# --- what is timed
 
 
-def test_a_backend_that_cannot_run_says_why(capsys: pytest.CaptureFixture[str]):
-    assert main([*TINY, "--backend", "cuda"]) == 1
-    assert "takes cuda tensors" in capsys.readouterr().err
+def test_ours_peers_and_limits_are_timed_in_turns() -> None:
+    seen: list[str] = []
+    calls = {name: (lambda name=name: seen.append(name)) for name in ("ours", "peer", "other", "limit")}
+    comparison = Comparison(
+        "group", "case", {"ours": calls["ours"]}, {"peer": calls["peer"], "other": calls["other"]},
+        lambda: seen.append("check"), {"limit": calls["limit"]}, flop=8.0,
+    )  # fmt: skip
+    said: list[str] = []
+    (found,) = measure("op", suite(comparison), Scope(CPU, level="quick", peers=("PEER",)), said.append)
+    assert said == ["op: group, case"]
+    assert [(each.name, each.kind, len(each.ms)) for each in found.timed] == [
+        ("ours", "ours", 3), ("peer", "peer", 3), ("limit", "limit", 3),
+    ]  # fmt: skip
+    assert "other" not in seen
+    assert (found.flop, found.cold, found.threads) == (8.0, False, torch.get_num_threads())
+    assert seen.index("check") == 3  # each was called once, to load what it needs
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise WrongAnswerError("ours is off")
+
+    monkeypatch.setattr("bench.comparison.interleave", lambda *_: pytest.fail("timed"))
+    comparison = Comparison("group", "case", {"ours": lambda: None}, {}, refuse)
+    with pytest.raises(WrongAnswerError, match="ours is off"):
+        list(measure("op", suite(comparison), Scope(CPU), lambda _: None))
+
+
+@pytest.mark.parametrize("temperature", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("name", PEERS)
-def test_peers_compute_what_they_stand_for(name: str, mode):
+def test_peers_compute_what_they_stand_for(name: str, temperature: float):
     logits = torch.randn(4, 1000)
     logits[2, [3, 500]] = 9.0  # a tie
-    truth = Truth(logits, mode.temperature)
-    answer = make_peer(name, mode.temperature, CPU)(logits)
+    truth = Truth(logits, temperature)
+    answer = make_peer(name, temperature, CPU)(logits)
     truth.check(name, answer, ours=False)
     with pytest.raises(WrongAnswerError, match="token of row 0"):
         truth.check(name, answer | {"token": torch.full((4,), 1000)}, ours=False)
@@ -115,19 +100,6 @@ def test_peers_draw_from_the_distribution_at_their_temperature(name: str):
     torch.testing.assert_close(shares, torch.softmax(logits / 0.7, -1), atol=0.02, rtol=0)
 
 
-def test_a_peer_that_takes_too_long_on_large_logits_is_named():
-    plan = replace(
-        Plan(rows=(4,), vocab=(300,), dtypes=("float32",), threads=(1,), modes=MODES[:1], backends=("reference",)),
-        large=0,
-        longest_call_ms=0.0,
-    )
-    record = Session(plan, lambda _: None).run()
-    peers = [m for m in record.measurements if m.kind == "peer"]
-    assert len(peers) == len(PEERS)
-    assert all(m.not_run is not None and m.not_run.endswith("s a call") for m in peers)
-    assert "not run: about" in markdown(record)
-
-
 def test_peak_memory_of_a_known_allocation():
     reason = unmeasurable(CPU)
     if reason is not None:
@@ -139,6 +111,9 @@ def test_peak_memory_of_a_known_allocation():
     assert [megabytes(value) for value in (None, 0.01, 3.21, 97.4)] == ["-", "<0.5", "3.2", "97"]
 
 
+# --- what is concluded
+
+
 def test_a_ratio_is_taken_round_by_round():
     ours = [1.0, 10.0, 2.0, 1.0, 1.0]  # a slow round slows everyone
     assert ratio([3 * ms for ms in ours], ours) == Spread(3, 3, 3)
@@ -148,78 +123,178 @@ def test_a_ratio_is_taken_round_by_round():
 
 
 @pytest.mark.parametrize(
-    ("peer_ms", "text"),
+    ("peer_ms", "text", "verdict"),
     [
-        ([6.0, 6.0, 6.3, 5.7, 6.0], "6.00 ms, 3.00x"),
-        ([1.0, 1.0, 1.05, 1.0, 1.0], "1.00 ms, 0.500x"),
-        ([1.0, 3.0, 2.0, 1.0, 3.0], "no verdict"),
+        ([6.0, 6.0, 6.3, 5.7, 6.0], "6.00 ms, 3.00x", "faster"),
+        ([1.0, 1.0, 1.05, 1.0, 1.0], "1.00 ms, **0.500x**", "slower"),
+        ([1.0, 3.0, 2.0, 1.0, 3.0], "no verdict", "no verdict"),
     ],
 )
-def test_a_spread_that_holds_one_is_no_verdict(peer_ms: list[float], text: str):
-    ours = _measurement("cpp", "ours", [2.0] * 5)
-    assert text in against(_measurement("eager", "peer", peer_ms), ours)
+def test_a_spread_that_holds_one_is_no_verdict(peer_ms: list[float], text: str, verdict: str) -> None:
+    ours, peer = timed("cpp", "ours", [2.0] * 5), timed("eager", "peer", peer_ms)
+    assert text in report.against(peer, ours)
+    assert compare.verdict(peer, ours) == verdict
 
 
-def test_the_order_is_shuffled_and_the_first_round_does_not_count():
-    seen: list[tuple[str, int]] = []
-    calls = {name: (lambda number, name=name: seen.append((name, number))) for name in "abc"}
+def test_the_order_is_shuffled_and_the_first_round_does_not_count() -> None:
+    seen: list[str] = []
+    calls = {name: (lambda name=name: seen.append(name)) for name in "abc"}
     ticks = iter(range(1000))
 
-    def timer(call) -> float:
+    def timer(call: Callable[[], object]) -> float:
         call()
         return float(next(ticks))
 
     samples = interleave(calls, timer, rounds=6)
     assert {name: len(ms) for name, ms in samples.items()} == {"a": 6, "b": 6, "c": 6}
     assert min(min(ms) for ms in samples.values()) == 3  # 0, 1 and 2 were the round that warms up
-    rounds = [seen[i : i + 3] for i in range(0, len(seen), 3)]
-    assert all({number for _, number in each} == {i} for i, each in enumerate(rounds))
-    assert len({tuple(name for name, _ in each) for each in rounds}) > 1
+    rounds = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert all(set(each) == set("abc") for each in rounds)
+    assert len(set(rounds)) > 1
 
 
-def test_shares_are_of_the_fastest_read():
-    reads = [_measurement(name, "read", [ms] * 3) for name, ms in (("slow", 2.0), ("fast", 1.0))]
-    assert fastest_read([*reads, _measurement("cpp", "ours", [0.1])]).runner == "fast"
+def test_short_calls_are_repeated() -> None:
+    seen: list[int] = []
+    assert warm_ms(lambda: seen.append(1)) > 0
+    assert len(seen) > 100
 
 
-def test_bars_are_met_missed_or_without_a_figure():
-    record = _record(
-        _measurement("cpp", "ours", [2.0] * 5, peak_mb=0.1),
-        _measurement("eager", "peer", [31.0, 31.0, 33.0, 29.0, 29.0]),
-        _measurement("compiled", "peer", [8.0] * 5),
-        _measurement("amax", "read", [1.0] * 5),
-        _measurement("cpp", "ours", [2.0] * 5, mode="sampled at 1", peak_mb=5.0),
-        _measurement("eager", "peer", [], mode="sampled at 1", not_run="about 9 s a call"),
+# --- tables
+
+
+def test_a_table_names_peers_limits_and_memory() -> None:
+    calls = (
+        timed("cpp", "ours", [1.0, 1.0]),
+        timed("eager", "peer", [8.0, 10.0], 33.0),
+        timed("a read", "limit", [0.5] * 2),
     )
-    lines = "\n".join(bars(record)).splitlines()
-    for start, text in [
-        ("statistics vs torch.compile", "MISSED: 4.00 (4.00-4.00) "),
-        ("statistics vs eager", "met: 15.5 (14.5-15.7), but its spread crosses the bar"),
-        ("sampled vs eager", "not run: about 9 s a call"),
-        ("statistics, time over", "met: 2.00"),
-        ("statistics, peak", "met: <0.5"),
-        ("sampled, peak", "MISSED: 5.0"),
-    ]:
-        line = next(line for line in lines if line.startswith(f"| {start}"))
-        assert text in line
-    assert list(bars(_record())) == []
+    text = "\n".join(report.tables([result(*calls, flop=2e9, num_bytes=3e6, tokens=4, forwards=2)]))
+    for part in (
+        "### group",
+        "9.00 ms, 9.00x",
+        "50%",
+        "<0.5, 33",
+        "| 2000    |",
+        "| 3.00 |",
+        "| 4000     |",
+        "| 2        |",
+    ):
+        assert part in text, part
 
 
-def test_a_record_of_another_schema_is_refused(tmp_path: Path):
-    path = tmp_path / "record.json"
-    _record(_measurement("cpp", "ours", [1.0], peak_mb=0.1)).save(path)
-    assert load(path).measurements == [_measurement("cpp", "ours", [1.0], peak_mb=0.1)]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 0}))
-    with pytest.raises(ValueError, match="has schema 0"):
-        load(path)
+def test_a_summary_counts_losses() -> None:
+    ours = timed("slow", "ours", [4.0, 4.0]), timed("fast", "ours", [2.0, 2.0])
+    won, lost = (result(*ours, timed("eager", "peer", [ms, ms])) for ms in (8.0, 1.0))
+    line = report.summary([won, lost]).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["op", "eager", "1.41x", "0.500x", "4.00x", "2", "1"]
 
 
 def test_a_table_is_markdown():
     assert table([{"a": "1", "long": "x"}]) == "| a | long |\n| - | ---- |\n| 1 | x    |"
 
 
-@pytest.mark.parametrize("arguments", [["--vocab", "301"], ["--rows", "0"], ["--dtype", "float64"], ["--peers", "x"]])
-def test_arguments_that_cannot_be_timed_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+# --- records
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    (written := record(result(timed("cpp", "ours", [1.0, 2.0], None), at=3.0))).save(path)
+    assert load(path) == written
+    assert main(["show", str(path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content | {"schema": 1}, "has schema 1"),
+        (lambda content: [content], "is not a record"),
+        (lambda content: content | {"colour": 1}, "unknown fields .'colour'"),
+        (lambda content: content | {"results": [{}]}, "is not a record"),
+    ],
+)
+def test_what_is_no_record_is_refused(
+    tmp_path: Path, spoil: Callable[[object], object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "record.json"
+    record().save(path)
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        load(path)
+    assert main(["show", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("bench: ")
+
+
+def test_compare_names_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = [0.99, 1.0, 1.0, 1.01, 1.02]
+    ours, peer = timed("cpp", "ours", noise), timed("eager", "peer", [1.5 * ms for ms in noise])
+    before = record(result(ours, peer), result(ours, case="gone"))
+    slower = replace(ours, ms=[1.2 * ms for ms in noise])
+    slowest = replace(ours, ms=[2 * ms for ms in noise])
+    for name, after in (("a", before), ("b", record(result(slower, peer))), ("c", record(result(slowest, peer)))):
+        after.save(tmp_path / name)
+    said: dict[str, str] = {}
+    for name in "abc":
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / name)]) == 0
+        said[name] = capsys.readouterr().out
+    assert "nothing moved" in said["a"]
+    assert "| 1.20 " in said["b"]
+    assert "1 in one only" in said["b"]
+    assert "Other verdicts" not in said["b"]
+    assert "| faster | slower |" in said["c"]
+
+
+# --- plots, and what is published
+
+
+def test_plots_are_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    curve = [result(timed("cpp", "ours", [n, n]), timed("eager", "peer", [2 * n, 3 * n]), at=n) for n in (1.0, 10.0)]
+    results = [result(timed("cpp", "ours", [1.0]), timed("eager", "peer", [3.0])), *curve]
+    drawn = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths = plots.write(results, tmp_path / name)
+        assert [path.name for path in paths] == [
+            "ratios-light.svg", "ratios-dark.svg", "growth-light.svg", "growth-dark.svg",
+        ]  # fmt: skip
+        drawn.append([path.read_bytes() for path in paths])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 4
+    assert b"op, eager" in drawn[0][0]
+    assert plots.write([], tmp_path) == []
+
+
+def test_what_is_published_is_what_the_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["publish", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_publishing_writes_what_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    results, images, page = tmp_path / "results", tmp_path / "images", tmp_path / "page.md"
+    results.mkdir()
+    images.mkdir()
+    record(result(timed("cpp", "ours", [1.0]), timed("eager", "peer", [3.0]))).save(results / "here.json")
+    page.write_text("before\n<!-- bench: summary here -->\nold\n<!-- end -->\nbehind\n")
+    for name, value in (("RESULTS", results), ("IMAGES", images), ("FILES", (page,))):
+        monkeypatch.setattr(published, name, value)
+    assert main(["publish", "--check"]) == 1
+    assert "old" in page.read_text()
+    assert main(["publish"]) == 0
+    assert "3.00x" in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("<!-- end -->\nbehind\n")
+    assert sorted(path.name for path in images.iterdir()) == [
+        "bench-here-ratios-dark.svg",
+        "bench-here-ratios-light.svg",
+    ]
+    assert main(["publish", "--check"]) == 0
+    page.write_text("<!-- bench: colours here -->\n<!-- end -->")
+    assert main(["publish"]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--dtype", "float64"], ["nothing"], ["--quick", "--full"]])
+def test_arguments_that_cannot_be_timed_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
-    assert "expected" in capsys.readouterr().err
+    assert "usage: bench" in capsys.readouterr().err

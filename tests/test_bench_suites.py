@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import CONFIG
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from bench import attention_suites, diffusion_gemma_suite, generate_suite, growth, norm_suites, suites
+from bench import (
+    attention_suites,
+    bench_suites,
+    commit_suite,
+    diffusion_gemma_suite,
+    generate_suite,
+    growth_suites,
+    head_suites,
+    norm_suites,
+    sampling_suites,
+    suites,
+)
 from bench.__main__ import main
-from bench.comparison import Result, markdown
-from bench.growth import Point, fit
+from bench.record import load
+from bench.scope import Scope
 from diffusion_runtime import ops
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites, "RESTRICTED", (4, 600))
-    monkeypatch.setattr(suites, "HEADS", ((5, 16, 300),))
-    monkeypatch.setattr(suites, "SOFT", (5, 16, 300))
-    monkeypatch.setattr(suites, "CANVASES", ((2, 12),))
+    monkeypatch.setattr(sampling_suites, "SHAPES", ((4, 600),))
+    monkeypatch.setattr(sampling_suites, "RESTRICTED", (4, 600))
+    monkeypatch.setattr(head_suites, "HEADS", ((5, 16, 300),))
+    monkeypatch.setattr(head_suites, "SOFT", (5, 16, 300))
+    monkeypatch.setattr(commit_suite, "CANVASES", ((2, 12),))
     monkeypatch.setattr(attention_suites, "SQUARES", {"cpu": ((40, 2),)})
     monkeypatch.setattr(attention_suites, "CANVASES", {"cpu": ((8, 30),)})
     monkeypatch.setattr(attention_suites, "PREFILL", 70)
@@ -37,49 +51,70 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusion_gemma_suite, "SIZES", {"cpu": (size,)})
     answers = ((2, 6, 8, 4, 4),)
     monkeypatch.setattr(generate_suite, "SIZES", {"cpu": generate_suite.Size("tiny", CONFIG, answers)})
+    monkeypatch.setattr(generate_suite, "PYCODE", (((1, 32, 32), (32, 0.0)),) * 2)
     # compiling takes longer than all of this
     monkeypatch.setattr(attention_suites, "_flex", lambda: lambda q, k, v, **_: sdpa(q, k, v, enable_gqa=True))
-    monkeypatch.setattr(growth, "ROWS", (1, 3))
-    monkeypatch.setattr(growth, "VOCAB", (50, 400))
+    for curve, points in (("VOCABULARY", (50, 80, 400)), ("ROWS", (1, 3)), ("PREFIX", (9, 40)), ("CANVAS", (2, 8))):
+        monkeypatch.setattr(growth_suites, curve, points)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of its compiler
-def test_every_suite_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = tmp_path / "suites.json"
-    assert main(["--suite", "all", "--device", "cpu", "--rounds", "2", "--json", str(path)]) == 0
-    printed = capsys.readouterr().out
-    kept = json.loads(path.read_text())
-    assert set(kept) == {"machine", "growth", *suites.SUITES}
-    for name in suites.SUITES:
-        assert all(len(samples) == 2 for result in kept[name] for samples in result["ms"].values())
-    assert "### Restricted draws on [4, 600] float32" in printed
-    assert "Farthest above it" in printed
+def test_every_suite_runs_and_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    assert main(["--quick", "--device", "cpu", "--json", str(path), "--plot", str(tmp_path)]) == 0
+    printed, said = capsys.readouterr()
+    kept = load(path)
+    assert list(dict.fromkeys(result.op for result in kept.results)) == list(suites.SUITES)
+    for result in kept.results:
+        assert result.of("ours"), result
+        assert result.of("peer"), result
+        assert all(len(timed.ms) == 3 and min(timed.ms) > 0 for timed in result.timed)
+    for part in ("## Summary", "### Restricted draws on [4, 600] float32", "### Growth of sample_tokens"):
+        assert part in printed
+    assert "sample_tokens: Restricted draws" in said
+    assert {path.name for path in tmp_path.glob("*.svg")} == {
+        f"{name}-{theme}.svg" for name in ("ratios", "growth") for theme in ("light", "dark")
+    }
 
 
-def test_a_wrong_answer_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    sample = ops.sample_tokens
-
-    def wrong(*args: object, backend: str | None = None, **kwargs: object) -> ops.TokenSamples:
-        samples = sample(*args, backend=backend, **kwargs)  # type: ignore[arg-type]
-        return samples if backend == "reference" else samples._replace(token=samples.token + 1)
-
-    monkeypatch.setattr(ops, "sample_tokens", wrong)
-    assert main(["--suite", "restricted", "--device", "cpu"]) == 1
-    assert "is not timed, it draws other tokens" in capsys.readouterr().err
+def test_a_full_run_has_every_shape_and_dtype() -> None:
+    (quick, full) = (list(suites.SUITES["rms_norm"](Scope(CPU, level=level))) for level in ("quick", "full"))
+    assert [comparison.group for comparison in quick] == [comparison.group for comparison in full[:2]]
+    assert {comparison.group[-8:] for comparison in full} == {" float32", "bfloat16"}
 
 
-def test_a_table_names_peers_limits_and_memory():
-    ms = {"cpp": [1.0, 1.0], "eager": [8.0, 10.0], "read": [0.5, 0.5]}
-    result = Result(
-        "shape", "case", ("cpp",), ("eager",), ("read",), ms, {"cpp": 0.1, "eager": 33.0, "read": None}, 2e9
+@pytest.mark.parametrize("op", ["sample_tokens", "commit_step", "rms_norm"])
+def test_a_wrong_answer_ends_the_run(
+    op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = getattr(ops, op)
+
+    def wrong(*args: object, backend: str | None = None, **kwargs: object) -> object:
+        found = right(*args, backend=backend, **kwargs)
+        if backend == "reference":
+            return found
+        if op == "rms_norm":
+            return found + 0.01
+        name = "tokens" if op == "commit_step" else "token"
+        return found._replace(**{name: getattr(found, name) + 1})
+
+    monkeypatch.setattr(ops, op, wrong)
+    monkeypatch.setattr("bench.comparison.interleave", lambda *_: pytest.fail("timed"))
+    assert main([op, "--quick", "--device", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "is not timed" in err
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_the_cases_of_pytest_are_those_of_a_quick_run() -> None:
+    """Collecting them makes every input once."""
+    wanted = sum(
+        len(comparison.ours) + len(comparison.peers)
+        for suite in suites.SUITES.values()
+        for comparison in suite(bench_suites.QUICK)
     )
-    text = markdown([result])
-    for part in ("### shape", "9.00 ms, 9.00x", "50%", "<0.5, 33", "| 2.00    |"):
-        assert part in text
-
-
-def test_growth_is_fitted():
-    points = [Point(rows, vocab, 0.01 + 2e-6 * rows * vocab) for rows in (1, 3) for vocab in (50, 400)]
-    fixed, per_logit = fit(points)
-    torch.testing.assert_close((fixed, per_logit), (0.01, 2e-6), rtol=1e-6, atol=0)
-    assert "Farthest above it: 1.00 times" in growth.markdown(points)
+    found: list[object] = []
+    bench_suites.pytest_generate_tests(SimpleNamespace(parametrize=lambda _, cases: found.extend(cases)))  # type: ignore[arg-type]
+    assert len(found) == wanted
+    assert len({case.id for case in found}) == wanted  # type: ignore[attr-defined]

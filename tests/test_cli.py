@@ -213,3 +213,15 @@ def test_answers_in_a_language(capsys: Captured, speller: str, tmp_path: Path) -
 def test_a_language_needs_tokens_of_bytes(capsys: Captured, speaker: str) -> None:
     run = ["generate", "cat", "--model", speaker, "--quiet", "--regex", "a"]
     assert "decoder must be byte-level" in error_of(capsys, run, 2)
+
+
+# --- bench
+
+
+def test_bench_hands_over_all_that_stands_behind_it(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["bench", "show", "--help"]) == 0
+    assert "usage: bench show" in capsys.readouterr().out
+    assert main(["bench", "--quick", "--full"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
+    monkeypatch.setattr("diffusion_runtime.cli.bench.REPOSITORY", Path("/nowhere"))
+    assert "clone the repository" in error_of(capsys, ["bench", "--quick"], 3)

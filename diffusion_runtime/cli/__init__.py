@@ -64,6 +64,10 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from diffusion_runtime.cli import replay
 
         return replay.run
+    if name == "bench":
+        from diffusion_runtime.cli import bench
+
+        return bench.run
     if name == "infill":
         from diffusion_runtime.cli import text
 

@@ -33,6 +33,7 @@ examples:
   diffusion-runtime infill 'The capital of [MASK:2] is Paris.' --model ./LLaDA-8B-Base
   diffusion-runtime trace steps.jsonl --html steps.html
   diffusion-runtime compare my_loop.py:generate --model ./model --prompt 'def f('
+  diffusion-runtime bench sample_tokens --quick
   diffusion-runtime doctor
 
 exit codes: 0 done, 1 a puzzle was not solved or two loops differ, 2 bad input or usage,
@@ -161,6 +162,12 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--block-length", type=_integer(1), metavar="N", help="of ours (default: all at once)")
     compare.add_argument("--json", action="store_true", help="one JSON document on standard output")
     _decoding_options(compare)
+
+    # everything behind it is for the bench, options too
+    bench = commands.add_parser(
+        "bench", help="time ours beside its peers (in a clone of the repository)", prefix_chars="\0", add_help=False
+    )
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
 
     doctor = commands.add_parser(
         "doctor", help="versions, devices, and which backend runs each op", description=_DOCTOR

@@ -1,10 +1,11 @@
 """Reads what nvcc made of each CUDA kernel, out of the built module: it needs no GPU.
 
     python tests/compile/compile_cuda.py [word ...]     # only the kernels whose names hold one of these
+    python tests/compile/compile_cuda.py --record       # keep the counts, which may not grow by over 5 % from then on
 
 Fails where a kernel keeps a stack frame, which is where spilled registers lie: something sits in memory that was meant
-to sit in a register; where it does not read its inputs by 16 bytes; and where it lacks an instruction that it is built
-around (``OPCODES``). Skipped only where there is no nvcc.
+to sit in a register; where it does not read its inputs by 16 bytes; where it lacks an instruction that it is built
+around (``OPCODES``); and where a count grew (``guard.py``). Skipped only where there is no nvcc.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+
+import guard
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = "diffusion_runtime._C_cuda"
@@ -67,6 +70,7 @@ class Usage(NamedTuple):
     stack: int  # bytes, those of spilled registers among them
     shared: int  # the static part
     missing: tuple[str, ...]  # of the instructions that it must have
+    opcodes: tuple[str, ...] = ()  # of all its instructions
 
     @property
     def faults(self) -> str:
@@ -124,6 +128,7 @@ def instructions_of(sass: str) -> defaultdict[tuple[str, str], list[str]]:
 
 
 def with_instructions(usage: Usage, instructions: list[str]) -> Usage:
+    usage = usage._replace(opcodes=tuple(re.sub(r"^@!?U?P\w+\s+", "", code).split(" ", 1)[0] for code in instructions))
     if any(word in usage.name and usage.target != target for word, target in ONLY.items()):
         return usage
     wanted = next((patterns for word, patterns in OPCODES.items() if word in usage.name), (WIDE_LOAD,))
@@ -163,7 +168,14 @@ def readable(name: str) -> str:
     return re.sub(r"(\(anonymous namespace\)|\w+)::", "", without_parameters)
 
 
-def main(words: list[str]) -> None:
+def version_of(nvcc: str) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V[\d.]+", said)
+    return f"nvcc {found[0] if found else 'unknown'}"
+
+
+def main(arguments: list[str]) -> None:
+    words = [word for word in arguments if word != "--record"]
     nvcc = find_nvcc()
     if nvcc is None:
         print("skipped: no CUDA kernel was compiled, because there is no nvcc in CUDA_HOME/bin or on PATH")
@@ -178,7 +190,13 @@ def main(words: list[str]) -> None:
     titled = sorted((readable(usage.name), usage) for usage in chosen)
     for title, usage in titled:
         print(f"{title:72s} {usage.target:7s} {usage.registers:9d} {usage.stack:5d} {usage.shared:13d}")
-    if faults := [f"{title}, {usage.target}: {usage.faults}" for title, usage in titled if usage.faults]:
+    faults = [f"{title}, {usage.target}: {usage.faults}" for title, usage in titled if usage.faults]
+    if not words and not faults:
+        counts: guard.Counts = {}
+        for title, usage in titled:
+            counts |= guard.of_kernel(f"{title}, {usage.target}", usage.registers, usage.shared, usage.opcodes)
+        faults = guard.check(version_of(nvcc), counts, record="--record" in arguments)
+    if faults:
         sys.exit("\n".join(faults))
 
 

@@ -1,9 +1,10 @@
 """Compiles every Triton kernel for GPUs that need not be here, and reads what the assembler made of it.
 
     python tests/compile/compile_triton.py [name ...]     # only the kernel files so named
+    python tests/compile/compile_triton.py --record       # keep the counts, which may not grow by over 5 % from then on
 
-Fails on a stack frame, a spill, too much shared memory or a missing instruction. Cannot run under TRITON_INTERPRET: the
-interpreter replaces the compiler in the whole process.
+Fails on a stack frame, a spill, too much shared memory, a missing instruction, or a count that grew (``guard.py``).
+Cannot run under TRITON_INTERPRET: the interpreter replaces the compiler in the whole process.
 
 **The convention.** Every file of ``kernels/`` that has a kernel, which is a name that ends in ``_kernel``, also has a
 function that lists its compilations as the op really launches them::
@@ -40,6 +41,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import guard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use
@@ -175,7 +178,13 @@ def faults_of(case: Compilation, capability: int, usage: Usage) -> list[str]:
     return faults
 
 
-def main(names: list[str]) -> None:
+def counts_of(title: str, usage: Usage) -> guard.Counts:
+    """What may not grow."""
+    return guard.of_kernel(title, usage.registers, usage.shared, list(usage.opcodes.elements()))
+
+
+def main(words: list[str]) -> None:
+    names = [word for word in words if word != "--record"]
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: interpreting and compiling cannot share a process")
     try:
@@ -186,6 +195,7 @@ def main(names: list[str]) -> None:
     print(f"triton {triton.__version__}")
     print(f"{'kernel':52s} {'target':6s} {'registers':>9s} {'stack':>5s} {'spills':>6s} {'shared':>6s}  widest load")
     faults: list[str] = []
+    counts: guard.Counts = {}
     for file in kernel_files(names):
         for case in compilations(file):
             for capability in case.targets:
@@ -194,6 +204,9 @@ def main(names: list[str]) -> None:
                 numbers = f"{usage.registers:9d} {usage.stack:5d} {usage.spills:6d} {usage.shared:6d}"
                 print(f"{title:52s} {target:6s} {numbers}  {widest_load(usage.opcodes)}", flush=True)
                 faults += [f"{title}, {target}: {fault}" for fault in faults_of(case, capability, usage)]
+                counts |= counts_of(f"{title}, {target}", usage)
+    if not names and not faults:
+        faults = guard.check(f"triton {triton.__version__}", counts, record="--record" in words)
     if faults:
         sys.exit("\n".join(faults))
 

@@ -16,7 +16,7 @@ from bench.timing import CudaTimer, cpu_ms
 Answer = dict[str, Tensor]
 Peer = Callable[[Tensor], Answer]
 
-PEERS = ("eager torch", "torch.compile", "LLaDA, float64")
+PEERS = ("eager torch", "torch.compile", "LLaDA, float64", "Dream")
 
 
 def make_peer(name: str, temperature: float, device: torch.device) -> Peer:
@@ -24,6 +24,8 @@ def make_peer(name: str, temperature: float, device: torch.device) -> Peer:
         return partial(torch_chain, temperature=temperature, draw=multinomial)
     if name == "LLaDA, float64":
         return partial(float64_gumbel, temperature=temperature)
+    if name == "Dream":
+        return partial(dream_entropy, temperature=temperature)
     if name == "torch.compile":
         # The exponential race fuses with its neighbours; multinomial stays a call outside the generated code, which
         # took twice as long. On a CPU one compilation serves every number of rows: the code is as fast, and the
@@ -66,8 +68,21 @@ def exponential_race(probabilities: Tensor) -> Tensor:
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
 
+def dream_entropy(logits: Tensor, *, temperature: float) -> Answer:
+    """How Dream's published sampler picks a token, and its statistic where it ranks by entropy."""
+    probabilities = torch.softmax(logits / temperature if temperature > 0 else logits, -1)
+    if temperature > 0:
+        token = torch.distributions.Categorical(probs=probabilities, validate_args=False).sample()
+    else:
+        token = probabilities.max(-1).indices
+    entropy = -(probabilities * torch.log(probabilities + 1e-10)).sum(-1)
+    # at another temperature it is that of another distribution than ours, and in 16 bits it is rounded at every step
+    comparable = temperature in (0, 1) and logits.dtype == torch.float32
+    return {"token": token, "entropy": entropy} if comparable else {"token": token}
+
+
 def float64_gumbel(logits: Tensor, *, temperature: float) -> Answer:
-    """How LLaDA's published sampler picks a token and the one statistic it needs, the token's probability."""
+    """How LLaDA's and Fast-dLLM's published samplers pick a token, and the one statistic they need, its probability."""
     wide = logits.double()
     if temperature == 0:
         token = logits.argmax(-1)

@@ -23,6 +23,9 @@ bench: $(VENV)/.dev  ## time every op beside its peers: tables, and a record and
 	@mkdir -p bench/out
 	@$(RUN) -m bench --json bench/out/record.json --plot bench/out
 
+pycode: $(VENV)/.dev  ## the tables of the Python model that ships, on held-out modules
+	@$(RUN) examples/evaluate_pycode.py
+
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check .
@@ -67,4 +70,4 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml setup.py constraints.txt tests/tran
 	@$(PIP) install --upgrade --target $(VENV)/transformers-oldest --no-deps -r tests/transformers_oldest.txt
 	@touch $(VENV)/.demo $@
 
-.PHONY: help demo test bench lint compile-check sanitize gpu-check clean
+.PHONY: help demo test bench pycode lint compile-check sanitize gpu-check clean

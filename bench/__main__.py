@@ -13,7 +13,7 @@ import torch
 
 from bench import compare, published, report
 from bench.check import WrongAnswerError
-from bench.comparison import SHORT_MS, measure
+from bench.comparison import FEW_ROUNDS, LONG_S, SHORT_MS, measure
 from bench.machine import describe
 from bench.peers import PEERS
 from bench.record import Record, load
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 def _rules(scope: Scope) -> dict[str, str]:
     return {
         "level": scope.level,
-        "rounds": f"{scope.rounds}, and one that does not count",
+        "rounds": f"{scope.rounds}, or {FEW_ROUNDS} where one takes over {LONG_S:g} s; another does not count",
         "spread": "20th to 80th percentile; ratios are taken round by round",
         "caches": f"flushed before calls of {SHORT_MS:g} ms or more, warm for shorter ones",
     }

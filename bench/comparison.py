@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -43,6 +44,7 @@ class Comparison:
     at: float = 0.0
 
 
+LONG_S, FEW_ROUNDS = 10.0, 3  # a round of everyone that takes longer, and how often it is then taken
 SHORT_MS = 1.0  # what is shorter works on little, which in a model has just been computed
 Suite = Callable[[Scope], Iterator[Comparison]]
 
@@ -67,9 +69,11 @@ def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> 
             for call in calls.values():
                 call()  # the first call loads code or compiles it, which would count as memory
             comparison.check()
+            start = time.perf_counter()
             peak = {name: None if blind else peak_extra_mb(call, scope.device)[1] for name, call in calls.items()}
+            rounds = scope.rounds if time.perf_counter() - start < LONG_S else FEW_ROUNDS
             cold = on_gpu is not None or min(map(cpu_ms, comparison.ours.values())) > SHORT_MS
-            ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), scope.rounds)
+            ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), rounds)
             launch = {name: launch_us(call) for name, call in comparison.ours.items() if scope.device.type == "cuda"}
         yield Result(
             op,

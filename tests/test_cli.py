@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,21 @@ def test_answers_in_a_language(capsys: Captured, speller: str, tmp_path: Path) -
 def test_a_language_needs_tokens_of_bytes(capsys: Captured, speaker: str) -> None:
     run = ["generate", "cat", "--model", speaker, "--quiet", "--regex", "a"]
     assert "decoder must be byte-level" in error_of(capsys, run, 2)
+
+
+def test_an_answer_ends_where_the_model_says_so(capsys: Captured, speller: str, tmp_path: Path) -> None:
+    folder = tmp_path / "ending"
+    shutil.copytree(speller, folder)
+    config = json.loads((folder / "config.json").read_text())
+    run = ["generate", "x", "--model", str(folder), "--regex", "ab?", "--max-new-tokens", "9", "--json"]
+    assert "no text of the constraint fits 9 positions" in error_of(capsys, run, 2)
+    for named in (1, [1, 2]):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
+        assert main(run) == 0
+        assert json.loads(capsys.readouterr().out)["text"] in ("a", "ab")
+    for named in ("<end>", 1 << 20, [-1], True):
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
+        assert "eos_token_id must be tokens below" in error_of(capsys, run, 2)
 
 
 # --- bench

@@ -15,6 +15,7 @@ from models import CONFIG, random_llada
 from safetensors.torch import save_file
 
 from diffusion_runtime import load
+from diffusion_runtime.loading import local_folder
 from diffusion_runtime.models import LLaDA
 
 INDEX = "model.safetensors.index.json"
@@ -109,6 +110,19 @@ def test_missing_files(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no folder"):
         load("./nowhere")
+
+
+def test_models_of_the_package_have_names(tmp_path, monkeypatch):
+    assert load("sudoku").config.vocab_size == 20
+    assert local_folder("sudoku").name == "sudoku"
+    for name in ("nothing", "sudoku/", Path("sudoku")):
+        assert local_folder(name) is None
+    monkeypatch.chdir(tmp_path)  # a folder comes first
+    (tmp_path / "sudoku").mkdir()
+    save(tmp_path / "sudoku")
+    assert load("sudoku").config.vocab_size != 20
+    with pytest.raises(FileNotFoundError, match="no folder nothing, and no model of this package"):
+        load("nothing")
 
 
 def test_configs(tmp_path):

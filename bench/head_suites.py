@@ -18,8 +18,9 @@ from bench.scope import Scope
 from diffusion_runtime import ops
 from diffusion_runtime.ops._sample_with_soft_embedding import one_after_the_other
 
-HEADS = ((256, 1024, 262_144), (64, 4096, 126_464), (32, 4096, 126_464))  # rows, dim, vocab
-SOFT = (256, 1024, 262_144)
+# rows, dim, vocab
+HEADS = ((32, 1024, 126_464), (256, 1024, 262_144), (64, 4096, 126_464), (32, 4096, 126_464))
+SOFT = ((32, 1024, 126_464), (256, 1024, 262_144))
 
 
 def sample_from_hidden(scope: Scope) -> Iterator[Comparison]:
@@ -49,8 +50,7 @@ def sample_from_hidden(scope: Scope) -> Iterator[Comparison]:
 
 def soft_embedding(scope: Scope) -> Iterator[Comparison]:
     """``soft_embedding`` of known and unknown logsumexp, beside ``softmax(...) @ embedding``."""
-    rows, dim, vocab = SOFT
-    for dtype in scope.torch_dtypes():
+    for (rows, dim, vocab), dtype in product(scope.some(SOFT), scope.torch_dtypes()):
         logits = noise(rows, vocab, scope.device, torch.float32, scale=2.5)
         embedding = noise(vocab, dim, scope.device, dtype)
         logsumexp = ops.sample_tokens(logits, statistics_temperature=0.7).logsumexp
@@ -70,8 +70,7 @@ def soft_embedding(scope: Scope) -> Iterator[Comparison]:
 
 def sample_with_soft_embedding(scope: Scope) -> Iterator[Comparison]:
     """``sample_with_soft_embedding`` beside its two ops, and beside the logits and what is made of them."""
-    rows, dim, vocab = SOFT
-    for dtype in scope.torch_dtypes():
+    for (rows, dim, vocab), dtype in product(scope.some(SOFT), scope.torch_dtypes()):
         hidden = noise(rows, dim, scope.device, dtype, scale=2.5 * dim**-0.5)
         weight = noise(vocab, dim, scope.device, dtype)
         settings: dict[str, Any] = {"temperature": 0.7, "seed": SEED}

@@ -46,7 +46,7 @@ class Scope:
 
     def torch_dtypes(self) -> list[torch.dtype]:
         """The first dtype, unless all are wanted."""
-        return [DTYPES[name] for name in (self.dtypes[:1] if self.level == "quick" else self.dtypes)]
+        return [DTYPES[name] for name in self.some(self.dtypes)]
 
     def wants(self, peer: str) -> bool:
         """Whether a peer is to be timed."""

@@ -107,13 +107,13 @@ def masked_accuracy(model: LanguageModel, baseline: TwoSided, windows: Tensor, s
 
 
 def completed(model: LanguageModel, tokenizer: Tokenizer, texts: list[str], count: int, **settings: Any) -> list[str]:
-    """The first lines of held-out functions, continued by at most 96 tokens, to the end of the last whole line."""
+    """The first lines of held-out functions, continued to their end, or to the last whole line of 192 tokens."""
     heads = [body.split(":\n", 1)[0] + ":" for text in texts for body in pycode_data.functions(text) if ":\n" in body]
     one_line = [head for head in heads if "\n" not in head]
     chosen = random.Random(0).sample(one_line, count)
     end = tokenizer.token_to_id(pycode_data.END)
     requests = [
-        Request(tokenizer.encode(head).ids, max_new_tokens=96, stop_token_ids=[end], seed=seed, name=head)
+        Request(tokenizer.encode(head).ids, max_new_tokens=192, stop_token_ids=[end], seed=seed, name=head)
         for seed, head in enumerate(chosen)
     ]
     answers = []
@@ -183,7 +183,7 @@ def main() -> None:
         shares = f"{whole:.1%} | {single:.1%} | {num_tokens / forwards:.2f}"
         print(f"| {name} | {shares} | {' | '.join(f'{ms:.0f}' for ms in times)} |", flush=True)
 
-    for temperature in (0.0, 0.7):
+    for temperature in (0.0, 0.5):
         answers = completed(model, tokenizer, texts, args.functions, policy="low_confidence", temperature=temperature)
         share = sum(map(parses, answers)) / len(answers)
         print(f"\ntemperature {temperature}: ast.parse accepts {share:.0%} of {len(answers)} completed functions")

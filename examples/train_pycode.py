@@ -30,7 +30,7 @@ from diffusion_runtime import load
 from diffusion_runtime.models import SDAR, SDARConfig
 from diffusion_runtime.nn import AttentionContext
 
-MASK = 0
+MASK, END = 0, 1
 
 
 class Causal(AttentionContext):
@@ -212,7 +212,7 @@ def checkpoint(model: SDAR, average: Average, folder: Path, validation: Tensor) 
     """Save the averaged weights, and print how they do on held-out modules."""
     averaged = copy.deepcopy(model)
     averaged.load_state_dict(average.weights)
-    save(averaged, folder, {"model_type": "sdar", "architectures": ["SDARForCausalLM"]})
+    save(averaged, folder, {"model_type": "sdar", "architectures": ["SDARForCausalLM"], "eos_token_id": END})
     loss, share = held_out_loss(averaged, validation)
     print(f"saved; held out: loss {loss:.3f}, {share:.3f} of hidden tokens right", flush=True)
 

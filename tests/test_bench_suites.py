@@ -35,7 +35,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling_suites, "SHAPES", ((4, 600),))
     monkeypatch.setattr(sampling_suites, "RESTRICTED", (4, 600))
     monkeypatch.setattr(head_suites, "HEADS", ((5, 16, 300),))
-    monkeypatch.setattr(head_suites, "SOFT", (5, 16, 300))
+    monkeypatch.setattr(head_suites, "SOFT", ((5, 16, 300),))
     monkeypatch.setattr(commit_suite, "CANVASES", ((2, 12),))
     monkeypatch.setattr(attention_suites, "SQUARES", {"cpu": ((40, 2),)})
     monkeypatch.setattr(attention_suites, "CANVASES", {"cpu": ((8, 30),)})

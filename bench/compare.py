@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bench.record import Record, Result, Timed
 from bench.text import number, significant, table
-from bench.timing import Spread, ratio
+from bench.timing import Spread, ratio, verdict
 
 LEAST = 0.05  # less is nothing to speak of
 
@@ -47,7 +47,7 @@ def _verdicts(old: Result, new: Result) -> Iterator[dict[str, str]]:
         for peer, peer_now in pairs:
             if peer.name not in peers or mine.kind != "ours":
                 continue
-            was, now = verdict(peer, mine), verdict(peer_now, mine_now)
+            was, now = verdict(ratio(peer.ms, mine.ms)), verdict(ratio(peer_now.ms, mine_now.ms))
             if {was, now} == {"faster", "slower"}:
                 yield {
                     "op": old.op,
@@ -57,12 +57,6 @@ def _verdicts(old: Result, new: Result) -> Iterator[dict[str, str]]:
                     "was": was,
                     "is": now,
                 }
-
-
-def verdict(peer: Timed, ours: Timed) -> str:
-    """Whether ours is faster, slower, or neither for certain."""
-    times = ratio(peer.ms, ours.ms)
-    return "no verdict" if times.holds(1) else "faster" if times.median > 1 else "slower"
 
 
 def _pairs(old: Result, new: Result) -> Iterator[tuple[Timed, Timed]]:

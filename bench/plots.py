@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.record import Result
 from bench.report import fastest
-from bench.timing import Spread, ratio
+from bench.timing import Spread, ratio, verdict
 
 THEMES = {
     "light": {"text": "#1f2328", "faint": "#d0d7de", "good": "#0969da", "bad": "#cf222e", "other": "#8250df"},
@@ -47,7 +47,7 @@ def _ratios(results: list[Result], colours: dict[str, str]) -> Any:
     figure, axes = _figure(8, 1.0 + 0.24 * len(rows), colours)
     for place, found in enumerate(rows.values()):
         for each in found:
-            colour = colours["good" if each.low > 1 else "bad" if each.high < 1 else "other"]
+            colour = colours[{"faster": "good", "slower": "bad"}.get(verdict(each), "other")]
             axes.plot([each.low, each.high], [place, place], color=colour, linewidth=1.5, alpha=0.5)
             axes.plot([each.median], [place], "o", color=colour, markersize=4)
     axes.set_yticks(range(len(rows)), rows)

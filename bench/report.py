@@ -7,7 +7,7 @@ from statistics import geometric_mean
 
 from bench.record import Record, Result, Timed
 from bench.text import megabytes, number, significant, table
-from bench.timing import Spread, ratio
+from bench.timing import Spread, ratio, verdict
 
 
 def markdown(record: Record) -> str:
@@ -31,7 +31,7 @@ def summary(results: Iterable[Result]) -> str:
             "least": f"{significant(min(each.median for each in found))}x",
             "most": f"{significant(max(each.median for each in found))}x",
             "cases": str(len(found)),
-            "lost": str(sum(each.high < 1 for each in found)),
+            "lost": str(sum(verdict(each) == "slower" for each in found)),
         }
         for (op, peer), found in ratios.items()
     )
@@ -75,9 +75,9 @@ def _lines(result: Result) -> Iterator[dict[str, str]]:
 
 
 def against(peer: Timed, ours: Timed) -> str:
-    """The peer's time and how many times as long as ours it is; nothing is said where the spread holds 1."""
+    """The peer's time and how many times as long as ours it is, if there is a verdict."""
     times, ms = ratio(peer.ms, ours.ms), significant(Spread.of(peer.ms).median)
-    if times.holds(1):
+    if verdict(times) == "no verdict":
         return f"{ms} ms, no verdict"
     said = f"{significant(times.median)}x" if times.median > 1 else f"**{significant(times.median)}x**"
     return f"{ms} ms, {said} ({significant(times.low)}-{significant(times.high)})"

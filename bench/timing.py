@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
+NEAR = 0.1  # from one run to the next a machine that others share differs by more
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,17 @@ class Spread:
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
         return cls(statistics.median(samples), deciles[1], deciles[7])
 
-    def holds(self, value: float) -> bool:
-        return self.low <= value <= self.high
-
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """The spread of the quotients, round by round: what slows a whole round down cancels."""
     return Spread.of([n / d for n, d in zip(numerator, denominator, strict=True)])
+
+
+def verdict(times: Spread) -> str:
+    """Of a peer's time over ours: whether ours is faster or slower; within a tenth there is nothing to go by."""
+    if times.low > 1 + NEAR:
+        return "faster"
+    return "slower" if times.high < 1 / (1 + NEAR) else "no verdict"
 
 
 def cpu_ms(call: Call) -> float:

@@ -14,14 +14,15 @@ REPOSITORY = Path(__file__).parents[2]
 
 def run(args: argparse.Namespace) -> int:
     """The same as ``python -m bench`` in the repository."""
-    if not (REPOSITORY / "bench" / "__main__.py").is_file():
+    program = REPOSITORY / "bench" / "__main__.py"
+    if not program.is_file():
         raise CommandError(
             "the benchmarks are not in the installed package: clone the repository and run make bench", MISSING
         )
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = ["bench", *args.arguments]
     try:
-        runpy.run_module("bench", run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")
     except SystemExit as ended:
         return int(ended.code or 0)
     finally:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from bench import compare, published, report
+from bench import compare, plots, published, report
 from bench.check import WrongAnswerError
 from bench.comparison import FEW_ROUNDS, LONG_S, SHORT_MS, measure
 from bench.machine import describe
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(given if given and given[0] in (*_OTHERS, "-h", "--help") else ["run", *given])
     try:
         status: int = args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     return status
@@ -42,8 +42,12 @@ def _run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     level = "quick" if args.quick else "full" if args.full else "normal"
     scope = Scope(device, args.dtype or tuple(DTYPES), level, args.peer or ())
-    if device.type == "cpu" and args.threads:
+    if args.threads:
+        if device.type != "cpu":
+            raise ValueError(f"--threads are those of a CPU, and --device is {device}: leave one of them out")
         torch.set_num_threads(args.threads)
+    if args.plot:
+        plots.load_matplotlib()  # or minutes later there would be no plots
     record = Record(device.type, describe(device), _rules(scope), found())
     start = time.perf_counter()
 
@@ -62,12 +66,14 @@ def _run(args: argparse.Namespace) -> int:
         return 1
     print(report.markdown(record))
     if args.plot:
-        from bench import plots
-
         args.plot.mkdir(parents=True, exist_ok=True)
         for path in plots.write(record.results, args.plot):
             say(f"wrote {path}")
     say("done")
+    timed = {peer.name for result in record.results for peer in result.of("peer")}
+    unknown = [word for word in scope.peers if not any(word.lower() in name.lower() for name in timed)]
+    if unknown:
+        raise ValueError(f"no peer has {' or '.join(unknown)} in its name, of those that could be timed")
     return 0
 
 

@@ -117,7 +117,11 @@ def pycode(scope: Scope) -> Iterator[Comparison]:
     text = "".join(inspect.getsource(module) for module in (heapq, textwrap, calendar))
     ids = torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids, device=device)
     forward, block, mask = plain_models.sdar(model), model.block_length, model.mask_token_id
-    for (batch, length, answer), (at_once, temperature) in PYCODE if scope.full else PYCODE[1::3]:
+    for (batch, length, answer), (at_once, temperature) in {
+        "quick": PYCODE[1:2],
+        "normal": PYCODE[1::3],
+        "full": PYCODE,
+    }[scope.level]:
         prompt = ids[: batch * length].view(batch, length)
         settings: dict[str, Any] = {"cache": "block", "num_steps": answer // at_once, "block_length": block}
         denoiser = Denoiser(model, temperature=temperature, **settings)

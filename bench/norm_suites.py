@@ -13,7 +13,7 @@ from torch.nn import functional
 from bench import optional_peers
 from bench.check import WrongAnswerError
 from bench.comparison import Comparison
-from bench.inputs import backends, noise
+from bench.inputs import backends, dtype_name, noise
 from bench.scope import Scope
 from diffusion_runtime import ops
 
@@ -36,7 +36,7 @@ def rms_norm(scope: Scope) -> Iterator[Comparison]:
                 peers["torch"] = partial(functional.rms_norm, x, (size,), weight, EPS)
             exact = partial(ops.rms_norm, x.double(), weight.double(), eps=EPS, backend="reference")
             yield Comparison(
-                f"rms_norm {case}, {str(dtype).removeprefix('torch.')}",
+                f"rms_norm {case}, {dtype_name(dtype)}",
                 f"[{rows}, {size}]",
                 calls,
                 peers,
@@ -69,7 +69,7 @@ def qk_norm_rope(scope: Scope) -> Iterator[Comparison]:
         )  # fmt: skip
         queries = {name: partial(_first, call) for name, call in calls.items()}
         yield Comparison(
-            f"qk_norm_rope: norm, rotation, cache, {str(dtype).removeprefix('torch.')}",
+            f"qk_norm_rope: norm, rotation, cache, {dtype_name(dtype)}",
             f"{length} tokens, {heads} and {kv_heads} heads of {head_dim}",
             calls,
             {"torch": partial(_torch_rope, *tensors, weight, cache, slots)},

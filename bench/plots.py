@@ -16,6 +16,19 @@ THEMES = {
 }
 
 
+def load_matplotlib() -> Any:
+    """The library, which is an extra.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'diffusion-runtime[bench]'") from error
+    return matplotlib
+
+
 def write(results: Iterable[Result], folder: Path) -> list[Path]:
     """``ratios`` and ``growth``, on light and on dark, as SVG; nothing of what the results do not hold.
 
@@ -91,11 +104,9 @@ def _curves(results: list[Result]) -> Iterator[tuple[str, dict[str, list[tuple[f
 
 
 def _figure(width: float, height: float, colours: dict[str, str], panels: tuple[int, int] = (1, 1)) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib, or the extra 'dev'") from error
+    matplotlib = load_matplotlib()
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams.update({"svg.hashsalt": "bench", "svg.fonttype": "none", "font.size": 8})
     figure = Figure(figsize=(width, height), layout="constrained")
     found = figure.subplots(*panels)

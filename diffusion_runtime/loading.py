@@ -75,8 +75,7 @@ def local_folder(path: str | Path) -> Path | None:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    shipped = [entry for entry in SHIPPED.iterdir() if entry.name == path]
-    return shipped[0] if shipped else None
+    return next((entry for entry in SHIPPED.glob("*") if entry.name == path), None)
 
 
 def _folder(path: str | Path) -> Path:

@@ -24,12 +24,11 @@ from pycode_ngram import TwoSided
 from tokenizers import Tokenizer
 from torch import Tensor
 
-import diffusion_runtime
 from diffusion_runtime import Denoiser, Request, load
 from diffusion_runtime.decoding import Policy, threshold
+from diffusion_runtime.loading import SHIPPED
 from diffusion_runtime.models import LanguageModel
 
-SHIPPED = Path(diffusion_runtime.__file__).parent / "checkpoints" / "pycode"
 # a name, a policy, and its settings
 POLICIES: tuple[tuple[str, str | Policy, dict[str, Any]], ...] = (
     ("low_confidence, one a forward", "low_confidence", {}),
@@ -134,7 +133,7 @@ def parses(text: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED / "pycode")
     parser.add_argument("--lines", type=int, default=300)
     parser.add_argument("--timed", type=int, default=40, help="of the lines, those also filled in alone")
     parser.add_argument("--functions", type=int, default=100)

@@ -23,6 +23,7 @@ from bench import (
     suites,
 )
 from bench.__main__ import main
+from bench.comparison import measure
 from bench.record import load
 from bench.scope import Scope
 from diffusion_runtime import ops
@@ -81,6 +82,28 @@ def test_a_full_run_has_every_shape_and_dtype() -> None:
     (quick, full) = (list(suites.SUITES["rms_norm"](Scope(CPU, level=level))) for level in ("quick", "full"))
     assert [comparison.group for comparison in quick] == [comparison.group for comparison in full[:2]]
     assert {comparison.group[-8:] for comparison in full} == {" float32", "bfloat16"}
+
+
+def test_long_calls_take_fewer_rounds_and_cold_ones_flushed_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    monkeypatch.setattr("bench.timing._other_memory", lambda: torch.zeros(1) if flushed.append(1) is None else None)
+
+    def times() -> tuple[int, bool]:
+        result = next(measure("commit_step", suites.SUITES["commit_step"], Scope(CPU, level="full"), lambda _: None))
+        return len(result.timed[0].ms), result.cold
+
+    assert (times(), flushed) == ((7, False), [])
+    monkeypatch.setattr("bench.comparison.LONG_S", 0.0)
+    monkeypatch.setattr("bench.comparison.SHORT_MS", 0.0)
+    assert times() == (3, True)
+    assert len(flushed) == 8  # ours and a peer, in a round that does not count and in three
+
+
+def test_what_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["commit_step", "--quick", "--device", "cuda", "--threads", "1"]) == 2
+    assert "--threads are those of a CPU" in capsys.readouterr().err
+    assert main(["commit_step", "--quick", "--device", "cpu", "--peer", "eager,nobody"]) == 2
+    assert "no peer has nobody in its name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", ["sample_tokens", "commit_step", "rms_norm"])

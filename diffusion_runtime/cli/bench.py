@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(
             "the benchmarks are not in the installed package: clone the repository and run make bench", MISSING
         )
+    before = sys.argv
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = ["bench", *args.arguments]
     try:
@@ -27,4 +28,5 @@ def run(args: argparse.Namespace) -> int:
         return int(ended.code or 0)
     finally:
         sys.path.remove(str(REPOSITORY))
+        sys.argv = before
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from diffusion_runtime import sudoku
 from diffusion_runtime.cli.errors import MISSING, CommandError
 from diffusion_runtime.cli.session import load_model
+from diffusion_runtime.loading import SHIPPED as CHECKPOINTS
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "sudoku"
+SHIPPED = CHECKPOINTS / "sudoku"
 
 
 def load_sudoku_model(path: str | None, device: str, *, quiet: bool = False) -> Any:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 def instruction_sets() -> list[str]: ...
@@ -127,5 +129,27 @@ def qk_norm_rope(
     style: int,
     query_out: Tensor,
     key_out: Tensor | None,
+    instruction_set: str,
+) -> None: ...
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, instruction_set: str) -> None: ...
+def decoder_layers(
+    x: Tensor,
+    layers: Sequence[Sequence[Tensor | None]],
+    eps: float,
+    head_dim: int,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor | None,
+    places: Tensor | None,
+    prefix_lengths: Tensor | None,
+    page_table: Tensor | None,
+    own_keys: bool,
+    key_ends: Tensor | None,
+    chosen: Tensor | None,
+    left: int,
+    right: int,
+    block: int,
+    prefix_window: int,
+    offset: int,
     instruction_set: str,
 ) -> None: ...

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffusion_runtime import ops
 from diffusion_runtime.nn import AttentionContext
+from diffusion_runtime.ops._decoder_layers import LayerKeys
 
 CACHES = ("none", "prefix", "dual", "block")
 _LEAST_PAGE = 64  # positions; a whole number of blocks
@@ -192,6 +193,7 @@ class CachedContext(AttentionContext):
     def __post_init__(self) -> None:
         position = self.starts[:, None] + torch.arange(self.width, device=self.starts.device)
         object.__setattr__(self, "_positions", position)
+        object.__setattr__(self, "_rotary", {})  # the same in every step of a block
         if self.keep_from is None or self.keep_to is None:
             return
         written = (position >= self.keep_from[:, None]) & (position < self.keep_to[:, None])
@@ -205,6 +207,13 @@ class CachedContext(AttentionContext):
         positions: Tensor = self._positions  # type: ignore[attr-defined]
         return positions
 
+    def rotary(self, tokens: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        asked = (rotary_dim, theta)
+        if asked not in self._rotary:  # type: ignore[attr-defined]
+            self._rotary[asked] = super().rotary(tokens, rotary_dim, theta)  # type: ignore[attr-defined]
+        found: tuple[Tensor, Tensor] = self._rotary[asked]  # type: ignore[attr-defined]
+        return found
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pool = self.pages.pool[layer]
         if self.keep_from is not None:
@@ -216,3 +225,12 @@ class CachedContext(AttentionContext):
         if self.overwrites:
             return ops.attention(query, key[:, :, :0], value[:, :, :0], prefix=prefix)
         return ops.attention(query, key, value, prefix=prefix, mask=self.mask, lengths=self.lengths)
+
+    def layer_keys(self) -> LayerKeys | None:
+        if type(self).attend is not CachedContext.attend:
+            return None
+        places = None if self.keep_from is None else self._places  # type: ignore[attr-defined]
+        pool = None if places is None and self.kept is None else self.pages.pool
+        if self.overwrites:
+            return LayerKeys(None, None, pool, places, self.kept, self.table, own=self.kept is None)
+        return LayerKeys(self.mask, self.lengths, pool, places, self.kept, self.table)

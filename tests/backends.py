@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_runtime import ops
-from diffusion_runtime.ops import _attention_cpp, _head_cpp, _norm_backends, _sample_tokens
+from diffusion_runtime.ops import _attention_cpp, _decoder_layers, _head_cpp, _norm_backends, _products, _sample_tokens
 
 KERNELS = ["cpp-avx512", "cpp-avx2", "cpp-portable", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALL = ["reference", *KERNELS]
@@ -30,7 +30,9 @@ def instruction_set(wanted: str) -> Iterator[None]:
     if wanted and wanted not in usable:
         pytest.skip(f"this CPU has {', '.join(usable)}")
     with ExitStack() as patches:
-        runs = [(module, "run_cpp") for module in (_attention_cpp, _head_cpp, _sample_tokens)]
+        runs = [
+            (module, "run_cpp") for module in (_attention_cpp, _decoder_layers, _head_cpp, _products, _sample_tokens)
+        ]
         norms = [(_norm_backends, name) for name in ("run_rms_norm_cpp", "run_qk_norm_rope_cpp")]
         for module, name in (*runs, *norms, (_head_cpp, "weigh_cpp"), (_head_cpp, "run_with_embedding_cpp")):
             run = getattr(module, name)

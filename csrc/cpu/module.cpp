@@ -1,9 +1,11 @@
 // diffusion_runtime._C: one m.def per op, nothing else.
 #include "attention.h"
 #include "commit.h"
+#include "decoder_layers.h"
 #include "head.h"
 #include "instruction_set.h"
 #include "norm.h"
+#include "product.h"
 #include "sample_tokens.h"
 #include "weigh.h"
 
@@ -47,4 +49,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("cache_key"), py::arg("cache_value"), py::arg("cache_positions"), py::arg("normalized"), py::arg("eps"),
         py::arg("weight_offset"), py::arg("round_before_weight"), py::arg("style"), py::arg("query_out"),
         py::arg("key_out"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("decoder_layers", &diffusion_runtime::decoder_layers_cpu, py::arg("x"), py::arg("layers"), py::arg("eps"),
+        py::arg("head_dim"), py::arg("cos"), py::arg("sin"), py::arg("pool"), py::arg("places"),
+        py::arg("prefix_lengths"), py::arg("page_table"), py::arg("own_keys"), py::arg("key_ends"), py::arg("chosen"),
+        py::arg("left"), py::arg("right"), py::arg("block"), py::arg("prefix_window"), py::arg("offset"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
+  m.def("product", &diffusion_runtime::product_cpu, py::arg("rows"), py::arg("weight"), py::arg("bias"), py::arg("out"),
+        py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
 }

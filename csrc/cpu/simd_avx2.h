@@ -114,6 +114,11 @@ inline float reduce_add(Vector a) {
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
+inline void reduce_add_four(const Vector* vectors, float* sums) {
+  const __m256 first = _mm256_hadd_ps(vectors[0].v, vectors[1].v), second = _mm256_hadd_ps(vectors[2].v, vectors[3].v);
+  const __m256 both = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+}
 inline float reduce_max(Vector a) {
   __m128 most = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   most = _mm_max_ps(most, _mm_movehl_ps(most, most));

@@ -105,6 +105,13 @@ inline void transpose(Vector* rows) {
 
 inline float first_lane(Vector a) { return _mm512_cvtss_f32(a.v); }
 inline float reduce_add(Vector a) { return _mm512_reduce_add_ps(a.v); }
+inline void reduce_add_four(const Vector* vectors, float* sums) {
+  __m256 halves[4];
+  for (int i = 0; i < 4; ++i)
+    halves[i] = _mm256_add_ps(_mm512_castps512_ps256(vectors[i].v), _mm512_extractf32x8_ps(vectors[i].v, 1));
+  const __m256 both = _mm256_hadd_ps(_mm256_hadd_ps(halves[0], halves[1]), _mm256_hadd_ps(halves[2], halves[3]));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+}
 inline float reduce_max(Vector a) { return _mm512_reduce_max_ps(a.v); }
 inline int first_equal(Vector a, Vector b) {
   const __mmask16 equal = _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);

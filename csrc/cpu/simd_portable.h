@@ -133,6 +133,10 @@ inline void transpose(Vector* rows) {
 
 inline float first_lane(const Vector& a) { return a.v[0]; }
 inline float reduce_add(const Vector& a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+// sums of the lanes of four vectors; the order is not that of reduce_add
+inline void reduce_add_four(const Vector* vectors, float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = reduce_add(vectors[i]);
+}
 inline float reduce_max(const Vector& a) {  // of numbers
   const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2], y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;

@@ -48,7 +48,9 @@ class Batch:
         device, rows = self.tokens.device, self.rows
         self.contexts, self.indices, self.words = {}, {}, None
         blocks = [row.blocks[0] if row.blocks else slice(0, 0) for row in rows]
-        self.width = max((block.stop - block.start for block in blocks), default=0)
+        widths = {block.stop - block.start for block in blocks}
+        self.width = max(widths, default=0)
+        self.even = len(widths) == 1  # every row's block is as wide
 
         def column(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)[:, None]
@@ -72,14 +74,18 @@ class Batch:
 
     def masked(self) -> Tensor:
         """``[rows, width]`` bool: undecided positions of the current blocks."""
-        return (self.tokens.gather(1, self.position) == self.mask_token_id) & self.inside
+        return self._masked(self.tokens.gather(1, self.position))
+
+    def _masked(self, tokens: Tensor) -> Tensor:
+        return (tokens == self.mask_token_id) & self.inside
 
     def canvas(self) -> Canvas:
         """The current blocks; rows that are done have nothing undecided and nothing editable."""
         live = self.live[:, None] & self.inside
+        tokens = self.tokens.gather(1, self.position)
         return Canvas(
-            tokens=self.tokens.gather(1, self.position),
-            masked=self.masked() & live,
+            tokens=tokens,
+            masked=self._masked(tokens) & live,
             editable=self.editable.gather(1, self.position) & live,
             position=self.position,
             seed=self.seed,
@@ -121,8 +127,7 @@ class Batch:
         tokens = tokens.masked_fill(remask, self.mask_token_id)
         confidence = torch.where(commit_mask, samples.logprob.exp(), canvas.confidence)
         self.tokens, self.confidence = (
-            _put(whole, part, self.position, self.inside)
-            for whole, part in ((self.tokens, tokens), (self.confidence, confidence))
+            self._put(whole, part) for whole, part in ((self.tokens, tokens), (self.confidence, confidence))
         )
         masked = canvas.masked.any(1)
         # a row counts the steps in which it had something to decide, or its draws would follow its neighbours
@@ -135,7 +140,15 @@ class Batch:
 
     def spread(self, mask: Tensor) -> Tensor:
         """A ``[rows, width]`` mask of the current blocks at its places: ``[rows, length]``."""
-        return _put(torch.zeros_like(self.editable), mask, self.position, self.inside)
+        return self._put(torch.zeros_like(self.editable), mask)
+
+    def _put(self, whole: Tensor, part: Tensor) -> Tensor:
+        """``whole`` with ``part`` at those positions that are inside of a row's block."""
+        if self.even:
+            return whole.scatter(1, self.position, part)
+        places = torch.where(self.inside, self.position, whole.shape[1])
+        wider = torch.nn.functional.pad(whole, (0, 1))
+        return wider.scatter(1, places, part)[:, :-1]
 
     def keep(self, kept: list[int]) -> None:
         """Only these rows go on."""
@@ -237,8 +250,8 @@ def complete(decided: Tensor | Decision, samples: TokenSamples, canvas: Canvas) 
 class Settings(NamedTuple):
     """The rows' settings on the device."""
 
-    temperature: Tensor  # [rows, 1] float32
-    statistics_temperature: Tensor  # [rows, 1] float32
+    temperature: Tensor | float  # [rows, 1] float32, or that of every row
+    statistics_temperature: Tensor | float  # the same
     top_k: Tensor | None  # [rows, 1] int64
     top_p: Tensor | None  # [rows, 1] float32
     min_p: Tensor | None  # [rows, 1] float32
@@ -249,7 +262,9 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, rows: list[Row], device: torch.device) -> Settings:
-        def floats(values: list[float]) -> Tensor:
+        def floats(values: list[float]) -> Tensor | float:
+            if len(set(values)) == 1:
+                return float(values[0])
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
         def bools(values: list[bool]) -> Tensor:
@@ -275,10 +290,3 @@ class Settings(NamedTuple):
             scheduled=bools([row.fixed_steps for row in rows]),
             goes_on=bools([row.policy.scheduled and row.policy.remasks for row in rows]),
         )
-
-
-def _put(whole: Tensor, part: Tensor, position: Tensor, inside: Tensor) -> Tensor:
-    """``whole`` with ``part`` at those positions that are inside of a row's block."""
-    places = torch.where(inside, position, whole.shape[1])
-    wider = torch.nn.functional.pad(whole, (0, 1))
-    return wider.scatter(1, places, part)[:, :-1]

@@ -138,7 +138,13 @@ class Forward:
             tokens, positions = tuple(x[index] for x in tokens), positions[index]
         computed = context.positions(tokens[0]).clamp(max=batch.tokens.shape[1] - 1)
         states = self._hidden(batch, index, torch.cat(tokens).gather(1, computed), context)
+        if batch.even and not self.model.shifted and all(self._is_block(batch.rows[i], spans[i]) for i in rows):
+            return states
         return self._at(states, positions - context.starts[: len(rows), None])
+
+    @staticmethod
+    def _is_block(row: Row, span: Span) -> bool:
+        return (span.start, span.stop) == (row.blocks[0].start, row.blocks[0].stop)
 
     def _uncached(self, batch: Batch, *tokens: Tensor) -> Tensor:
         stop = batch.tokens.shape[1]

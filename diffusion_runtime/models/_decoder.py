@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from diffusion_runtime.models._config import BOOKKEEPING, ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
-from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, SwiGLU, rotary_angles, self_attention
+from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, SwiGLU, self_attention
+from diffusion_runtime.nn.decoder_layers import DecoderParts, in_one_call
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,21 @@ class DecoderLayer(nn.Module):
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
+    def parts(self) -> DecoderParts | None:
+        """Its modules, where the feed-forward network is a dense one."""
+        own: Any = self._modules
+        attention, mlp = own["self_attn"], own["mlp"]
+        if type(attention) is not DecoderAttention or type(mlp) is not SwiGLU:
+            return None
+        of_attention: Any = attention._modules
+        query, key, value, out = (of_attention[f"{name}_proj"] for name in "qkvo")
+        of_mlp: Any = mlp._modules
+        return DecoderParts(
+            own["input_layernorm"], query, key, value, of_attention.get("q_norm"), of_attention.get("k_norm"), out,
+            own["post_attention_layernorm"], of_mlp["gate_proj"], of_mlp["up_proj"], of_mlp["down_proj"],
+            around=(self, attention, mlp),
+        )  # fmt: skip
+
 
 class Decoder(LanguageModel):
     """A decoder whose attention sees both ways. A family is a subclass that sets what is not the default.
@@ -172,8 +188,11 @@ class Decoder(LanguageModel):
         context = context or self.whole_sequences()
         parts: Any = self.model
         x = parts[self.embedding](tokens)
-        rotary = rotary_angles(context.positions(tokens), self.config.rotary_dim, self.config.rope_theta)
-        for number, layer in enumerate(parts["layers"]):
-            x = layer(x, rotary, context, number)
-        out: Tensor = parts["norm"](x)
+        rotary = context.rotary(tokens, self.config.rotary_dim, self.config.rope_theta)
+        of_layers = (layer.parts() if type(layer) is DecoderLayer else None for layer in parts["layers"])
+        found = in_one_call(x, of_layers, self.config.head_size, rotary, context)
+        if found is None:
+            for number, layer in enumerate(parts["layers"]):
+                x = layer(x, rotary, context, number)
+        out: Tensor = parts["norm"](x if found is None else found)
         return out

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from diffusion_runtime.models._config import BOOKKEEPING, ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
-from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, rotary_angles, self_attention
+from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, self_attention
+from diffusion_runtime.nn.decoder_layers import DecoderParts, in_one_call
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,14 @@ class _Block(nn.Module):
         out: Tensor = x + self.ff_out(functional.silu(self.ff_proj(normed)) * self.up_proj(normed))
         return out
 
+    def parts(self) -> DecoderParts:
+        own: Any = self._modules
+        query, key, value = (own[f"{name}_proj"] for name in "qkv")
+        return DecoderParts(
+            own["attn_norm"], query, key, value, None, None, own["attn_out"], own["ff_norm"], own["ff_proj"],
+            own["up_proj"], own["ff_out"], around=(self,),
+        )  # fmt: skip
+
 
 class LLaDA(LanguageModel):
     """Every position sees all others; nothing is shifted.
@@ -140,8 +149,10 @@ class LLaDA(LanguageModel):
         context = context or self.whole_sequences()
         transformer: Any = self.model["transformer"]
         x = transformer["wte"](tokens)
-        rotary = rotary_angles(context.positions(tokens), self.config.head_size, self.config.rope_theta)
-        for number, block in enumerate(transformer["blocks"]):
-            x = block(x, rotary, context, number)
-        out: Tensor = transformer["ln_f"](x)
+        rotary = context.rotary(tokens, self.config.head_size, self.config.rope_theta)
+        found = in_one_call(x, (b.parts() for b in transformer["blocks"]), self.config.head_size, rotary, context)
+        if found is None:
+            for number, block in enumerate(transformer["blocks"]):
+                x = block(x, rotary, context, number)
+        out: Tensor = transformer["ln_f"](x if found is None else found)
         return out

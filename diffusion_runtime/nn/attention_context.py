@@ -9,6 +9,8 @@ from torch import Tensor
 
 from diffusion_runtime import ops
 from diffusion_runtime.nn.norm import LlamaRMSNorm
+from diffusion_runtime.nn.rotary import rotary_angles
+from diffusion_runtime.ops._decoder_layers import LayerKeys
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,10 @@ class AttentionContext:
         """Where ``tokens``, ``[batch, length]``, stand in their sequences: ``[length]`` or ``[batch, length]``."""
         return torch.arange(tokens.shape[1], device=tokens.device)
 
+    def rotary(self, tokens: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """:func:`diffusion_runtime.nn.rotary_angles` at the positions of ``tokens``."""
+        return rotary_angles(self.positions(tokens), rotary_dim, theta)
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of one layer, counted from 0, over the keys of these tokens and whatever was kept of others.
 
@@ -40,6 +46,13 @@ class AttentionContext:
         """
         del layer
         return ops.attention(query, key, value, mask=self.mask, lengths=self.lengths)
+
+    def layer_keys(self) -> LayerKeys | None:
+        """What :meth:`attend` does in every layer, as data; None where a subclass does something else, or a mask is a
+        tensor."""
+        if type(self).attend is not AttentionContext.attend or isinstance(self.mask, Tensor):
+            return None
+        return LayerKeys(self.mask, self.lengths)
 
 
 def self_attention(

@@ -81,14 +81,16 @@ def read_problem(
     if isinstance(lengths, Packed):
         cu_seqlens, cu_seqlens_k, max_length = _cu_seqlens(lengths, query, key)
     elif isinstance(lengths, tuple):
-        starts, ends = (_counts(f"lengths[{i}]", x, (sequences,), query, key.shape[2]) for i, x in enumerate(lengths))
+        starts, ends = (
+            read_counts(f"lengths[{i}]", x, (sequences,), query, key.shape[2]) for i, x in enumerate(lengths)
+        )
     elif lengths is not None:
-        ends = _counts("lengths", lengths, (sequences,), query, key.shape[2])
+        ends = read_counts("lengths", lengths, (sequences,), query, key.shape[2])
     dense_mask, visible = None, VisibleKeys()
     if isinstance(mask, Tensor):
         dense_mask = _dense_mask(mask, query, key)
     elif mask is not None:
-        visible = _visible(mask, query, sequences)
+        visible = read_visible(mask, query, sequences)
     return AttentionProblem(
         query=query,
         key=key,
@@ -151,7 +153,7 @@ def _prefix(
         what: int | str = "num_pages"
         if prefix.table.ndim != 2:
             raise ValueError(f"table must be [{sequences}, max_pages], got {tuple(prefix.table.shape)}")
-        table = _counts("table", prefix.table, (sequences, prefix.table.shape[1]), query, None)
+        table = read_counts("table", prefix.table, (sequences, prefix.table.shape[1]), query, None)
         capacity = table.shape[1] * keys.shape[2]
     elif isinstance(prefix, Prefix):
         keys, values, table = prefix.key, prefix.value, None
@@ -174,7 +176,7 @@ def _prefix(
     counts = (
         prefix.lengths
         if prefix.lengths is None
-        else _counts("the prefix's lengths", prefix.lengths, (sequences,), query, capacity)
+        else read_counts("the prefix's lengths", prefix.lengths, (sequences,), query, capacity)
     )
     if table is not None and counts is not None:
         _check_pages(table, counts, keys)
@@ -204,7 +206,7 @@ def _within(values: Tensor, most: int) -> bool:
     return int(low) >= 0 and int(high) <= most
 
 
-def _counts(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor, most: int | None) -> Tensor:
+def read_counts(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor, most: int | None) -> Tensor:
     """An int32 tensor of this shape, with values from 0 to ``most``."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(value, 'dtype', type(value).__name__)}")
@@ -223,9 +225,9 @@ def _cu_seqlens(packed: Packed, query: Tensor, key: Tensor) -> tuple[Tensor, Ten
     if packed.cu_seqlens.ndim != 1 or not packed.cu_seqlens.numel():
         raise ValueError(f"cu_seqlens must be [sequences + 1], got shape {tuple(packed.cu_seqlens.shape)}")
     shape = tuple(packed.cu_seqlens.shape)
-    read = _counts("cu_seqlens", packed.cu_seqlens, shape, query, query.shape[2])
+    read = read_counts("cu_seqlens", packed.cu_seqlens, shape, query, query.shape[2])
     given = packed.cu_seqlens if packed.cu_seqlens_k is None else packed.cu_seqlens_k
-    read_k = read if given is packed.cu_seqlens else _counts("cu_seqlens_k", given, shape, query, key.shape[2])
+    read_k = read if given is packed.cu_seqlens else read_counts("cu_seqlens_k", given, shape, query, key.shape[2])
     for name, values, total in (("cu_seqlens", read, query.shape[2]), ("cu_seqlens_k", read_k, key.shape[2])):
         if _readable(values) and (values[0] != 0 or values[-1] != total or (values.diff() < 0).any()):
             raise ValueError(f"{name} must rise from 0 to {total}, got {values.tolist()}")
@@ -247,7 +249,7 @@ def _dense_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise ValueError(f"the mask must broadcast to {shape}, got {tuple(mask.shape)}") from None
 
 
-def _visible(mask: AttentionMask, query: Tensor, sequences: int) -> VisibleKeys:
+def read_visible(mask: AttentionMask, query: Tensor, sequences: int) -> VisibleKeys:
     try:
         visible = mask.visible_keys()
     except AttributeError:

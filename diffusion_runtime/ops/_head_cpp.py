@@ -61,6 +61,8 @@ def load_weigh() -> Weigh:
 def run_cpp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings, instruction_set: str
 ) -> tuple[Tensor, Tensor]:
+    if 0 < len(hidden) <= MOST_ROWS:
+        return _of_group(hidden.contiguous(), weight, bias, settings, instruction_set)
     ids = torch.empty(2, len(hidden), dtype=torch.int64)
     statistics = torch.empty(5, len(hidden), dtype=torch.float32)
     for first in range(0, len(hidden), MOST_ROWS):

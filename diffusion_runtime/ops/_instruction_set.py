@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
+
+from diffusion_runtime.ops._registry import DEFAULT_BACKEND
 
 
 def instruction_set() -> str:
@@ -14,3 +17,14 @@ def instruction_set() -> str:
     if wanted not in usable:
         raise ImportError(f"DIFFUSION_RUNTIME_INSTRUCTION_SET={wanted}, but this CPU has {', '.join(usable)}")
     return wanted
+
+
+@cache
+def cpp_instruction_set() -> str | None:
+    """The same; None where the C++ kernels are not built, or ``DIFFUSION_RUNTIME_BACKEND`` names another backend."""
+    if DEFAULT_BACKEND not in ("auto", "cpp"):
+        return None
+    try:
+        return instruction_set()
+    except ImportError:
+        return None

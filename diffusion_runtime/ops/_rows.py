@@ -40,14 +40,12 @@ def float_setting(
     if isinstance(value, Tensor):
         rows = (_per_row if flat else broadcast)(name, value, leading, device, torch.float32)
         if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-            valid = rows.isfinite() & (signed | ((rows >= 0) if zero else (rows > 0))) & (rows <= most)
-            if not valid.all():
-                _raise(name, float(rows[~valid][0]), zero, most, signed)
+            for extreme in rows.aminmax() if rows.numel() else ():  # NaN is both
+                _check_float(name, float(extreme), zero, most, signed)
         return rows
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or (not signed and (value < 0 or (value == 0 and not zero))) or value > most:
-        _raise(name, value, zero, most, signed)
+    _check_float(name, value, zero, most, signed)
     return float(value)
 
 
@@ -93,7 +91,9 @@ def broadcast(name: str, value: Tensor, leading: torch.Size, device: torch.devic
         raise ValueError(f"{name} must broadcast to {tuple(leading)}, got {tuple(value.shape)}") from None
 
 
-def _raise(name: str, value: float, zero: bool, most: float, signed: bool) -> None:
+def _check_float(name: str, value: float, zero: bool, most: float, signed: bool) -> None:
+    if math.isfinite(value) and (signed or value > 0 or (value == 0 and zero)) and value <= most:
+        return
     expected = f"finite and {'at least' if zero else 'above'} 0" if most == math.inf else f"in [0, {most:g}]"
     expected = "finite" if signed else expected
     raise ValueError(f"{name} must be {expected}, got {value}")

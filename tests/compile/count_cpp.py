@@ -22,7 +22,7 @@ from guard import Counts, check
 DRIVER = Path(__file__).with_name("run_cpp.py")
 ENTRIES = (
     *("sample_tokens_cpu", "attention_cpu", "rms_norm_cpu", "qk_norm_rope_cpu"),
-    *("read_head_tile", "sample_head", "weigh_cpu", "commit_step_cpu"),
+    *("read_head_tile", "sample_head", "weigh_cpu", "commit_step_cpu", "product_cpu", "decoder_layers_cpu"),
 )
 INSTRUCTION_SETS = ("avx2", "portable")
 

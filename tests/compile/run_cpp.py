@@ -85,6 +85,28 @@ def heads(c: Any, wanted: str) -> Iterator[Case]:
     yield "weigh", partial(c.weigh, *embedded, wanted)
 
 
+def decoders(c: Any, wanted: str) -> Iterator[Case]:
+    rows, hidden, width, dim, ffn = 12, 192, 128, 64, 256
+    x, logits = noise(rows, hidden), np.empty((rows, 1000), F32)
+    yield "product", partial(c.product, x, noise(1000, hidden), None, logits, wanted)
+    matrices = {
+        "q": (width, hidden),
+        "k": (width, hidden),
+        "o": (hidden, width),
+        "up": (ffn, hidden),
+        "down": (hidden, ffn),
+    }
+    q, k, o, up, down = (noise(*shape) / F32(hidden**0.5) for shape in matrices.values())
+    layer = [noise(hidden), q, k, k, None, None, None, noise(dim), noise(dim), o, noise(hidden), up, up, down]
+    angle = noise(rows, dim // 2)
+    settings = (1e-6, dim, np.cos(angle), np.sin(angle), None, None, None, None, True, None, None)
+    visible = (UNBOUNDED, UNBOUNDED, 1, UNBOUNDED, 0)
+    call = partial(c.decoder_layers, x[None].copy(), [layer], *settings, *visible, wanted)
+    # the call of attention inside ends the one count and begins the other
+    yield "decoder_layers, before attention", call
+    yield "decoder_layers, attention and what follows", lambda: None
+
+
 def commits(c: Any, wanted: str) -> Iterator[Case]:
     del wanted  # there is one code for all
     score, tokens = noise(8, 256), np.zeros((8, 256), I64)
@@ -96,7 +118,9 @@ def commits(c: Any, wanted: str) -> Iterator[Case]:
 
 if __name__ == "__main__":
     module = load(sys.argv[1])
-    cases = [case for make in (sampling, attention, norms, heads, commits) for case in make(module, sys.argv[2])]
+    cases = [
+        case for make in (sampling, attention, norms, heads, decoders, commits) for case in make(module, sys.argv[2])
+    ]
     cases.append(("the end", cases[-1][1]))  # counts end where the next call begins
     for _, call in cases:
         call()

@@ -20,26 +20,27 @@ MEASURE = """
 import json, torch
 from bench.memory import peak_extra_mb
 from diffusion_runtime import Denoiser, memory
-from diffusion_runtime.models import LLaDA, LLaDAConfig, SDAR, SDARConfig
+from diffusion_runtime.models import LLaDA, LLaDAConfig, SDAR, SDARConfig, _decoder, llada
 
 sizes = {"vocab_size": 20000, "mask_token_id": 19999}
 both = LLaDA(LLaDAConfig(d_model=256, n_layers=2, n_heads=4, mlp_hidden_size=768, **sizes)).eval()
 by_blocks = SDAR(SDARConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=768,
                             rope_theta=1e4, **sizes)).eval()
-found = []
+one_call, found = _decoder.in_one_call, []
 for model, cache, guidance, batch, length in (
     (both, "none", False, 4, 1024), (both, "dual", False, 2, 2048), (both, "prefix", True, 2, 1024),
     (by_blocks, "block", False, 4, 1024),
 ):
     plan = memory.plan(model, batch=batch, length=length, cache=cache, guidance=guidance)
     measured = []
-    for size in (70, length):  # the first loads code
+    for size, run in ((70, one_call), (length, one_call), (length, lambda *_: None)):  # the first loads code
+        llada.in_one_call = _decoder.in_one_call = run
         denoiser = Denoiser(model, steps_per_block=2, cache=cache, guidance_scale=float(guidance),
                             block_length=None if model is by_blocks else 8)
         prompt = torch.randint(0, 19999, (batch, size - 16))
         measured.append(peak_extra_mb(lambda: denoiser.generate(prompt, max_new_tokens=16), torch.device("cpu"))[1])
         del denoiser
-    found.append((cache, plan.total / 1e6, plan.weights / 1e6 + measured[1]))
+    found.append((cache, plan.total / 1e6, *(plan.weights / 1e6 + peak for peak in measured[1:])))
 print(json.dumps(found))
 """
 
@@ -50,8 +51,9 @@ def test_the_plan_is_what_is_taken():
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(root)}
     run = subprocess.run([sys.executable, "-c", MEASURE], env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    for cache, planned, measured in json.loads(run.stdout):
-        assert abs(planned / measured - 1) < 0.1, (cache, planned, measured)
+    for cache, planned, in_one_call, by_modules in json.loads(run.stdout):
+        assert abs(planned / by_modules - 1) < 0.1, (cache, planned, by_modules)
+        assert in_one_call < 1.1 * planned, (cache, planned, in_one_call)
 
 
 def llada_8b() -> LLaDA:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from diffusion_runtime.ops._registry import DEFAULT_BACKEND
+from diffusion_runtime.ops import _registry
 
 
 def instruction_set() -> str:
@@ -19,11 +19,13 @@ def instruction_set() -> str:
     return wanted
 
 
-@cache
 def cpp_instruction_set() -> str | None:
     """The same; None where the C++ kernels are not built, or ``DIFFUSION_RUNTIME_BACKEND`` names another backend."""
-    if DEFAULT_BACKEND not in ("auto", "cpp"):
-        return None
+    return _built() if _registry.DEFAULT_BACKEND in ("auto", "cpp") else None
+
+
+@cache
+def _built() -> str | None:
     try:
         return instruction_set()
     except ImportError:

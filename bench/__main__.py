@@ -18,7 +18,7 @@ from bench.machine import describe
 from bench.peers import PEERS
 from bench.record import Record, load
 from bench.scope import DTYPES, Scope
-from bench.suites import SUITES
+from bench.suites import ONE_DTYPE, SUITES
 from bench.versions import found
 from diffusion_runtime import ops
 
@@ -46,6 +46,12 @@ def _run(args: argparse.Namespace) -> int:
         if device.type != "cpu":
             raise ValueError(f"--threads are those of a CPU, and --device is {device}: leave one of them out")
         torch.set_num_threads(args.threads)
+    wanted = args.what or list(SUITES)
+    their = "bfloat16" if device.type == "cuda" else "float32"
+    if args.dtype and their not in args.dtype:
+        if named := [op for op in args.what if op in ONE_DTYPE]:
+            raise ValueError(f"{', '.join(named)} are timed in {their} here, and --dtype leaves it out")
+        wanted = [op for op in wanted if op not in ONE_DTYPE]
     if args.plot:
         plots.load_matplotlib()  # or minutes later there would be no plots
     record = Record(device.type, describe(device), _rules(scope), found())
@@ -56,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
 
     try:
-        for op in args.what or SUITES:
+        for op in wanted:
             for result in measure(op, SUITES[op], scope, say):
                 record.results.append(result)
             if args.json:
@@ -110,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
     run.add_argument("what", nargs="*", type=_one_of(*SUITES), metavar="WHAT", help=f"of {', '.join(SUITES)}; or all")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--dtype", type=_list(_one_of(*DTYPES)), help="float32,bfloat16")
+    run.add_argument(
+        "--dtype", type=_list(_one_of(*DTYPES)), help="float32,bfloat16; step, generate and growth have one"
+    )
     run.add_argument("--threads", type=_count, help="of a CPU (default: all)")
     run.add_argument(
         "--peer", type=_list(str), metavar="WORD", help=f"peers with one of these in their names: {PEERS[0]}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.memory import peak_extra_mb, unmeasurable
 from bench.record import Result, Timed
@@ -44,6 +46,33 @@ class Comparison:
     at: float = 0.0
 
 
+class Answer:
+    """A call for a whole answer, which also keeps how long it took from its first forward on.
+
+    Args:
+        loop: yields the tokens after each forward.
+        device: where.
+    """
+
+    def __init__(self, loop: Callable[[], Iterator[Tensor]], device: torch.device) -> None:
+        self.loop, self.device = loop, device
+        self.decode_ms: list[float] = []
+
+    def __call__(self) -> Tensor:
+        forwards = self.loop()
+        tokens = next(forwards)
+        began = self._now()
+        for later in forwards:
+            tokens = later
+        self.decode_ms.append((self._now() - began) * 1e3)
+        return tokens
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
 LONG_S, FEW_ROUNDS = 10.0, 3  # a round of everyone that takes longer, and how often it is then taken
 SHORT_MS = 1.0  # what is shorter works on little, which in a model has just been computed
 Suite = Callable[[Scope], Iterator[Comparison]]
@@ -74,6 +103,7 @@ def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> 
             rounds = scope.rounds if time.perf_counter() - start < LONG_S else FEW_ROUNDS
             cold = on_gpu is not None or min(map(cpu_ms, comparison.ours.values())) > SHORT_MS
             ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), rounds)
+            decode = {name: call.decode_ms[-rounds:] for name, call in calls.items() if isinstance(call, Answer)}
             launch = {name: launch_us(call) for name, call in comparison.ours.items() if scope.device.type == "cuda"}
         yield Result(
             op,
@@ -82,7 +112,7 @@ def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> 
             torch.get_num_threads() if scope.device.type == "cpu" else 0,
             cold,
             [
-                Timed(name, kind, [round(sample, 5) for sample in ms[name]], peak[name], launch.get(name))
+                Timed(name, kind, _rounded(ms[name]), peak[name], launch.get(name), _rounded(decode.get(name)))
                 for kind, several in kinds.items()
                 for name in several
             ],
@@ -92,6 +122,10 @@ def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> 
             comparison.forwards,
             comparison.at,
         )
+
+
+def _rounded(samples: list[float] | None) -> Any:
+    return None if samples is None else [round(sample, 5) for sample in samples]
 
 
 def merged(*suites: Suite) -> Suite:

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from diffusion_runtime.models import SDAR, LLaDA
 
-Forward = Callable[[Tensor], Tensor]
 Past = list[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 
@@ -28,14 +27,19 @@ def rotate(x: Tensor, theta: float, start: int = 0) -> Tensor:
     return (x.float() * angle.cos() + torch.cat((-second, first), -1) * angle.sin()).to(x.dtype)
 
 
-def llada(model: LLaDA) -> Forward:
-    """``[batch, length]`` tokens to ``[batch, length, vocab]`` logits."""
+def llada(model: LLaDA) -> Callable[..., Tensor]:
+    """``[batch, length]`` tokens to ``[batch, length, vocab]`` logits.
+
+    Behind a ``past`` the tokens follow it. With ``keep`` they are added to it.
+    """
     config = model.config
     weights = {name.removeprefix("model.transformer."): weight for name, weight in model.state_dict().items()}
 
     @torch.no_grad()
-    def forward(tokens: Tensor) -> Tensor:
+    def forward(tokens: Tensor, past: Past | None = None, keep: bool = False) -> Tensor:
         x = functional.embedding(tokens, weights["wte.weight"])
+        start = past[0][0].shape[2] if past else 0
+        grown: Past = []
         for layer in range(config.n_layers):
             own = {name: weights[f"blocks.{layer}.{name}.weight"] for name in _LLADA_LAYER}
             h = rms_norm(x, own["attn_norm"], config.rms_norm_eps)
@@ -43,7 +47,10 @@ def llada(model: LLaDA) -> Forward:
                 functional.linear(h, own[p]).unflatten(-1, (-1, config.head_size)).transpose(1, 2)
                 for p in ("q_proj", "k_proj", "v_proj")
             )
-            query, key = rotate(query, config.rope_theta), rotate(key, config.rope_theta)
+            query, key = rotate(query, config.rope_theta, start), rotate(key, config.rope_theta, start)
+            if past:
+                key, value = (torch.cat(pair, 2) for pair in zip(past[layer], (key, value), strict=True))
+            grown.append((key, value))
             mixed = functional.scaled_dot_product_attention(
                 query, key, value, enable_gqa=config.kv_heads < config.n_heads
             )
@@ -51,6 +58,8 @@ def llada(model: LLaDA) -> Forward:
             h = rms_norm(x, own["ff_norm"], config.rms_norm_eps)
             gated = functional.silu(functional.linear(h, own["ff_proj"])) * functional.linear(h, own["up_proj"])
             x = x + functional.linear(gated, own["ff_out"])
+        if past is not None and keep:
+            past[:] = grown
         return functional.linear(rms_norm(x, weights["ln_f.weight"], config.rms_norm_eps), weights["ff_out.weight"])
 
     return forward

@@ -22,6 +22,7 @@ class Timed:
         peak_mb: memory in use at the worst moment of a call, beyond what was in use before it; 10^6 bytes. None: it
             cannot be measured on that machine.
         launch_us: time that the host needs to enqueue a call; of ours, on a GPU.
+        decode_ms: of each sample what came after the first forward, which reads the prompt; of whole answers.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Timed:
     ms: list[float]
     peak_mb: float | None = None
     launch_us: float | None = None
+    decode_ms: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ def _lines(result: Result) -> Iterator[dict[str, str]]:
             line["GB/s"] = significant(result.num_bytes / spread.median / 1e6)
         if result.tokens:
             line["forwards"] = str(result.forwards)
+            line["tokens a forward"] = significant(result.tokens / result.forwards)
             line["tokens/s"] = significant(1e3 * result.tokens / spread.median)
+        if mine.decode_ms:
+            line["decode ms"] = number(Spread.of(mine.decode_ms))
         line |= {f"vs {peer.name}": against(peer, mine) for peer in peers}
         for limit in result.of("limit"):
             line[f"share that is {limit.name}"] = f"{ratio(limit.ms, mine.ms).median:.0%}"

@@ -25,5 +25,7 @@ SUITES: dict[str, Suite] = {
     "qk_norm_rope": norm_suites.qk_norm_rope,
     "step": diffusion_gemma_suite.step,
     "generate": merged(generate_suite.pycode, generate_suite.llada),
-    "growth": growth_suites.growth,
+    "growth": merged(growth_suites.growth, generate_suite.pycode_by_batch),
 }
+# what has one dtype: float32 on a CPU, bfloat16 on a GPU
+ONE_DTYPE = ("step", "generate", "growth")

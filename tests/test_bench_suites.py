@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import CONFIG
+from models import CONFIG, random_llada
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from bench import (
@@ -19,6 +19,7 @@ from bench import (
     growth_suites,
     head_suites,
     norm_suites,
+    plain_models,
     sampling_suites,
     suites,
 )
@@ -26,7 +27,7 @@ from bench.__main__ import main
 from bench.comparison import measure
 from bench.record import load
 from bench.scope import Scope
-from diffusion_runtime import ops
+from diffusion_runtime import Denoiser, ops
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,34 @@ def test_a_full_run_has_every_shape_and_dtype() -> None:
     assert {comparison.group[-8:] for comparison in full} == {" float32", "bfloat16"}
 
 
+def test_whole_answers_keep_what_follows_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast-dLLM's loop and our prefix cache give the same tokens, which is checked before anything is timed."""
+    monkeypatch.setattr(generate_suite, "BATCHES", (1, 2))
+    full = Scope(CPU, level="full")
+    (result,) = measure("generate", generate_suite.llada, full, lambda _: None)
+    assert [timed.name for timed in result.of("peer")] == ["published loop", "Fast-dLLM's loop"]
+    curve = list(measure("growth", generate_suite.pycode_by_batch, full, lambda _: None))
+    assert [(each.at, each.tokens, each.forwards) for each in curve] == [(1, 32, 8), (2, 64, 8)]
+    for timed in (timed for each in (result, *curve) for timed in each.timed):
+        assert timed.decode_ms is not None
+        assert len(timed.decode_ms) == len(timed.ms)
+        assert all(0 < decode < whole for decode, whole in zip(timed.decode_ms, timed.ms, strict=True))
+
+
+def test_fast_dllms_loop_sees_what_its_cache_holds() -> None:
+    """Its tokens are not those without a cache: keys before a block are those of the block's first step."""
+    model = random_llada()
+    asked = (torch.randint(0, 60, (2, 20)), 32, 8, 16, 0.0)
+    forward = plain_models.llada(model)
+    cached, whole = (
+        list(loop(forward, *asked, mask=60, suppress_mask=True))[-1]
+        for loop in (generate_suite.fast_dllm, generate_suite.published)
+    )
+    assert not torch.equal(cached, whole)
+    denoiser = Denoiser(model, cache="prefix", block_length=8, num_steps=16)
+    assert torch.equal(cached, denoiser.generate(asked[0], max_new_tokens=32))
+
+
 def test_long_calls_take_fewer_rounds_and_cold_ones_flushed_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
     monkeypatch.setattr("bench.timing._other_memory", lambda: torch.zeros(1) if flushed.append(1) is None else None)
@@ -102,6 +131,8 @@ def test_long_calls_take_fewer_rounds_and_cold_ones_flushed_caches(monkeypatch: 
 def test_what_would_be_ignored_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["commit_step", "--quick", "--device", "cuda", "--threads", "1"]) == 2
     assert "--threads are those of a CPU" in capsys.readouterr().err
+    assert main(["growth", "--quick", "--device", "cpu", "--dtype", "bfloat16"]) == 2
+    assert "growth are timed in float32 here" in capsys.readouterr().err
     assert main(["commit_step", "--quick", "--device", "cpu", "--peer", "eager,nobody"]) == 2
     assert "no peer has nobody in its name" in capsys.readouterr().err
 

@@ -65,8 +65,8 @@ def _run(args: argparse.Namespace) -> int:
         for op in wanted:
             for result in measure(op, SUITES[op], scope, say):
                 record.results.append(result)
-            if args.json:
-                record.save(args.json)  # each time: a run may be cut short
+                if args.json:
+                    record.save(args.json)  # each time: a run may be cut short
     except (WrongAnswerError, ops.BackendUnavailableError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

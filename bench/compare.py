@@ -48,7 +48,7 @@ def _verdicts(old: Result, new: Result) -> Iterator[dict[str, str]]:
             if peer.name not in peers or mine.kind != "ours":
                 continue
             was, now = verdict(ratio(peer.ms, mine.ms)), verdict(ratio(peer_now.ms, mine_now.ms))
-            if {was, now} == {"faster", "slower"}:
+            if was != now:
                 yield {
                     "op": old.op,
                     "case": f"{old.group}, {old.case}",

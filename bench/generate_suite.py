@@ -57,8 +57,8 @@ SIZES = {
     ),
 }  # fmt: skip
 CACHES = ("none", "prefix", "dual")
-# batch, prompt, answer; tokens a forward, temperature
 BATCHES = (1, 2, 4, 8, 16)
+# batch, prompt, answer; tokens a forward, temperature
 PYCODE = tuple(product(((1, 224, 32), (8, 224, 32)), ((1, 0.0), (4, 0.0), (4, 1.0))))
 
 

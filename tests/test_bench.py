@@ -229,12 +229,11 @@ def test_compare_names_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[
     noise = [0.99, 1.0, 1.0, 1.01, 1.02]
     ours, peer = timed("cpp", "ours", noise), timed("eager", "peer", [1.5 * ms for ms in noise])
     before = record(result(ours, peer), result(ours, case="gone"))
-    slower = replace(ours, ms=[1.2 * ms for ms in noise])
-    slowest = replace(ours, ms=[2 * ms for ms in noise])
-    for name, after in (("a", before), ("b", record(result(slower, peer))), ("c", record(result(slowest, peer)))):
-        after.save(tmp_path / name)
+    before.save(tmp_path / "a")
+    for name, times in (("b", 1.2), ("c", 2.0), ("d", 1.45)):
+        record(result(replace(ours, ms=[times * ms for ms in noise]), peer)).save(tmp_path / name)
     said: dict[str, str] = {}
-    for name in "abc":
+    for name in "abcd":
         assert main(["compare", str(tmp_path / "a"), str(tmp_path / name)]) == 0
         said[name] = capsys.readouterr().out
     assert "nothing moved" in said["a"]
@@ -242,6 +241,7 @@ def test_compare_names_what_moved(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 in one only" in said["b"]
     assert "Other verdicts" not in said["b"]
     assert "| faster | slower |" in said["c"]
+    assert "| faster | no verdict |" in said["d"]
 
 
 # --- plots, and what is published

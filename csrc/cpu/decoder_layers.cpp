@@ -92,7 +92,7 @@ TensorView dense(float* data, std::int64_t batch, std::int64_t heads, std::int64
   return TensorView(DLTensor{data, {kCPU, 0}, 3, {2, 32, 1}, shape, nullptr, 0});
 }
 
-// What is kept of the layers: one part for each, of keys and of values, page_rows rows long.
+// What is kept of the layers: one part for each, of keys and of values, rows() rows long.
 struct Pool {
   float* data = nullptr;  // null: there is none
   std::int64_t pages = 0, page_size = 0, kv_heads = 0, head_dim = 0;

@@ -250,6 +250,7 @@ def _dense_mask(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 
 
 def read_visible(mask: AttentionMask, query: Tensor, sequences: int) -> VisibleKeys:
+    """The rule of a mask object."""
     try:
         visible = mask.visible_keys()
     except AttributeError:

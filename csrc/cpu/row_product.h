@@ -11,7 +11,7 @@ namespace diffusion_runtime {
 struct RowProduct {
   const float* rows;
   int64_t rows_stride;
-  int64_t num_rows;
+  int64_t num_rows;  // at least 1
   const float* weight;
   int64_t columns, depth;  // weight [columns][depth], contiguous
   const float* added;      // or null; stride 0: the same for all rows

@@ -5,7 +5,7 @@
 
 namespace diffusion_runtime {
 
-constexpr std::int64_t kRowsOfTask = 18;  // of 512 numbers they fill a first-level cache
+constexpr std::int64_t kRowsOfTask = 36;  // a block of tokens is one part: one thread alone reads its share of a matrix
 constexpr std::int64_t kColumnsOfTask = 32;
 constexpr std::int64_t kManyProducts = 1 << 17;  // from which on threads pay
 

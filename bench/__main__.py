@@ -19,6 +19,7 @@ from bench.peers import PEERS
 from bench.record import Record, load
 from bench.scope import DTYPES, Scope
 from bench.suites import ONE_DTYPE, SUITES
+from bench.timing import MOST
 from bench.versions import found
 from diffusion_runtime import ops
 
@@ -84,9 +85,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _rules(scope: Scope) -> dict[str, str]:
+    more = f", up to {MOST * scope.rounds} within {scope.seconds:g} s" if scope.seconds else ""
     return {
         "level": scope.level,
-        "rounds": f"{scope.rounds}, or {FEW_ROUNDS} where one takes over {LONG_S:g} s; another does not count",
+        "rounds": f"{scope.rounds}{more}, or {FEW_ROUNDS} where one takes over {LONG_S:g} s; another does not count",
         "spread": "20th to 80th percentile; ratios are taken round by round",
         "caches": f"flushed before calls of {SHORT_MS:g} ms or more, warm for shorter ones",
     }

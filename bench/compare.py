@@ -6,23 +6,27 @@ from collections.abc import Iterator
 
 from bench.record import Record, Result, Timed
 from bench.text import number, significant, table
-from bench.timing import Spread, ratio, verdict
+from bench.timing import NONE, Spread, ratio, verdict
 
 LEAST = 0.05  # less is nothing to speak of
 
 
 def markdown(before: Record, after: Record) -> str:
-    """A line for each call that moved, one for each verdict that is another, and what only one record has."""
+    """What moved, the verdicts that differ or are in one record alone, and how many there are of each."""
     found = {result.key: result for result in after.results}
     both = [(result, found[result.key]) for result in before.results if result.key in found]
-    lines = [line for old, new in both for line in _moved(old, new)]
-    verdicts = [line for old, new in both for line in _verdicts(old, new)]
     alone = len(before.results) + len(after.results) - 2 * len(both)
+    moved = [line for old, new in both for line in _moved(old, new)]
+    verdicts = [line for old, new in both for line in _verdicts(old, new)]
+    of_both = [line for line in verdicts if line["was"] != NONE != line["is"]]
+    changed = [line for line in verdicts if line["was"] != line["is"]]
+    differ = sum(line in of_both for line in changed)
     parts = [
         f"{len(both)} comparisons are in both" + (f", {alone} in one only" if alone else ""),
-        table(lines) if lines else "nothing moved by more than noise",
+        table(moved) if moved else "nothing moved by more than noise",
+        f"{len(of_both)} verdicts are in both, {differ} of them differ, {len(changed) - differ} are in one only",
     ]
-    return "\n\n".join([*parts, *(["Other verdicts:", table(verdicts)] if verdicts else [])])
+    return "\n\n".join([*parts, *([table(changed)] if changed else [])])
 
 
 def _moved(old: Result, new: Result) -> Iterator[dict[str, str]]:
@@ -47,16 +51,14 @@ def _verdicts(old: Result, new: Result) -> Iterator[dict[str, str]]:
         for peer, peer_now in pairs:
             if peer.name not in peers or mine.kind != "ours":
                 continue
-            was, now = verdict(ratio(peer.ms, mine.ms)), verdict(ratio(peer_now.ms, mine_now.ms))
-            if was != now:
-                yield {
-                    "op": old.op,
-                    "case": f"{old.group}, {old.case}",
-                    "ours": mine.name,
-                    "beside": peer.name,
-                    "was": was,
-                    "is": now,
-                }
+            yield {
+                "op": old.op,
+                "case": f"{old.group}, {old.case}",
+                "ours": mine.name,
+                "beside": peer.name,
+                "was": verdict(ratio(peer.ms, mine.ms)),
+                "is": verdict(ratio(peer_now.ms, mine_now.ms)),
+            }
 
 
 def _pairs(old: Result, new: Result) -> Iterator[tuple[Timed, Timed]]:

@@ -102,8 +102,10 @@ def measure(op: str, suite: Suite, scope: Scope, say: Callable[[str], None]) -> 
             peak = {name: None if blind else peak_extra_mb(call, scope.device)[1] for name, call in calls.items()}
             rounds = scope.rounds if time.perf_counter() - start < LONG_S else FEW_ROUNDS
             cold = on_gpu is not None or min(map(cpu_ms, comparison.ours.values())) > SHORT_MS
-            ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), rounds)
-            decode = {name: call.decode_ms[-rounds:] for name, call in calls.items() if isinstance(call, Answer)}
+            ms = interleave(calls, on_gpu or (cold_ms if cold else warm_ms), rounds, scope.seconds)
+            decode = {
+                name: call.decode_ms[-len(ms[name]) :] for name, call in calls.items() if isinstance(call, Answer)
+            }
             launch = {name: launch_us(call) for name, call in comparison.ours.items() if scope.device.type == "cuda"}
         yield Result(
             op,

@@ -7,7 +7,7 @@ from statistics import geometric_mean
 
 from bench.record import Record, Result, Timed
 from bench.text import megabytes, number, significant, table
-from bench.timing import Spread, ratio, verdict
+from bench.timing import NONE, Spread, ratio, verdict
 
 
 def markdown(record: Record) -> str:
@@ -80,7 +80,7 @@ def _lines(result: Result) -> Iterator[dict[str, str]]:
 def against(peer: Timed, ours: Timed) -> str:
     """The peer's time and how many times as long as ours it is, if there is a verdict."""
     times, ms = ratio(peer.ms, ours.ms), significant(Spread.of(peer.ms).median)
-    if verdict(times) == "no verdict":
-        return f"{ms} ms, no verdict"
+    if verdict(times) == NONE:
+        return f"{ms} ms, {NONE}"
     said = f"{significant(times.median)}x" if times.median > 1 else f"**{significant(times.median)}x**"
     return f"{ms} ms, {said} ({significant(times.low)}-{significant(times.high)})"

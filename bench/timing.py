@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
-NEAR = 0.1  # from one run to the next a machine that others share differs by more
+MOST = 5  # times as many rounds of short calls
+NONE = "no verdict"
+NEAR = 0.1  # of two runs on a machine that others share, one ratio in five differs by more
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def verdict(times: Spread) -> str:
     """Of a peer's time over ours: whether ours is faster or slower; within a tenth there is nothing to go by."""
     if times.low > 1 + NEAR:
         return "faster"
-    return "slower" if times.high < 1 / (1 + NEAR) else "no verdict"
+    return "slower" if times.high < 1 / (1 + NEAR) else NONE
 
 
 def cpu_ms(call: Call) -> float:
@@ -111,12 +113,19 @@ def launch_us(call: Call, calls: int = 20) -> float:
     return statistics.median(samples)
 
 
-def interleave(calls: Mapping[str, Call], timer: Callable[[Call], float], rounds: int) -> dict[str, list[float]]:
-    """Time each call once a round, in an order shuffled anew, after one round that does not count."""
-    names = list(calls)
+def interleave(
+    calls: Mapping[str, Call], timer: Callable[[Call], float], rounds: int, seconds: float = 0.0
+) -> dict[str, list[float]]:
+    """Time each call once a round, in an order shuffled anew, after one round that does not count.
+
+    There are as many rounds as are asked for, and up to MOST times as many while they take less than ``seconds``.
+    """
+    start, names = time.perf_counter(), list(calls)
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(MOST * rounds + 1):
+        if number > rounds and time.perf_counter() - start > seconds:
+            break
         order.shuffle(names)
         for name in names:
             ms = timer(calls[name])

@@ -27,6 +27,7 @@ from bench.__main__ import main
 from bench.comparison import measure
 from bench.record import load
 from bench.scope import Scope
+from bench.timing import MOST, interleave
 from diffusion_runtime import Denoiser, ops
 
 CPU = torch.device("cpu")
@@ -113,9 +114,19 @@ def test_fast_dllms_loop_sees_what_its_cache_holds() -> None:
     assert torch.equal(cached, denoiser.generate(asked[0], max_new_tokens=32))
 
 
+def test_short_calls_take_more_rounds_while_there_is_time() -> None:
+    calls = {"ours": lambda: None, "peer": lambda: None}
+    assert {len(ms) for ms in interleave(calls, lambda _: 0.0, 2, seconds=60.0).values()} == {2 * MOST}
+    assert {len(ms) for ms in interleave(calls, lambda _: 0.0, 2, seconds=0.0).values()} == {2}
+    assert Scope(CPU, level="quick").seconds == 0 < Scope(CPU, level="normal").seconds
+    assert Scope(torch.device("cuda"), level="full").seconds == 0
+
+
 def test_long_calls_take_fewer_rounds_and_cold_ones_flushed_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
     monkeypatch.setattr("bench.timing._other_memory", lambda: torch.zeros(1) if flushed.append(1) is None else None)
+
+    monkeypatch.setattr(Scope, "seconds", 0.0)
 
     def times() -> tuple[int, bool]:
         result = next(measure("commit_step", suites.SUITES["commit_step"], Scope(CPU, level="full"), lambda _: None))

@@ -151,12 +151,17 @@ class TensorView {
     return true;
   }
 
-  // For messages: "[2, 64]".
-  std::string shape() const {
-    std::string text = "[";
-    for (int d = 0; d < ndim_; ++d) text += (d ? ", " : "") + std::to_string(shape_[d]);
-    return text + "]";
-  }
+  // For messages: "[2, 64]". Made when it is read: size() is called far more often than it fails.
+  struct Shape {
+    const std::int64_t* sizes;
+    int ndim;
+    friend std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+      out << "[";
+      for (int d = 0; d < shape.ndim; ++d) out << (d ? ", " : "") << shape.sizes[d];
+      return out << "]";
+    }
+  };
+  Shape shape() const { return {shape_, ndim_}; }
 
   void* raw_data() const { return data_; }
 

@@ -135,6 +135,7 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, inst
 def decoder_layers(
     x: Tensor,
     layers: Sequence[Sequence[Tensor | None]],
+    norm: Tensor,
     eps: float,
     head_dim: int,
     cos: Tensor,

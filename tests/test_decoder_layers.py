@@ -20,6 +20,7 @@ from diffusion_runtime.nn import decoder_layers as one_call
 from diffusion_runtime.ops import BlockCausal, _decoder_layers, _products
 from diffusion_runtime.testing import assert_as_accurate, poisoned_memory
 
+NORM = torch.ones(CONFIG.d_model)
 SETS = ["avx512", "avx2", "portable"]
 DENSE = ["SDAR", "Dream", "Fast-dLLM v2", "LLaDA"]  # with norms of heads, with biases twice, with neither
 
@@ -145,12 +146,16 @@ def _eps(layer):
     layer.input_layernorm.eps = 1.0
 
 
-@pytest.mark.parametrize("change", [_hook, _hook_around, _replaced, _patched, _biased, _eps])
+def _last_norm(norm):
+    norm.register_forward_hook(lambda module, arguments, out: 2 * out)
+
+
+@pytest.mark.parametrize("change", [_hook, _hook_around, _replaced, _patched, _biased, _eps, _last_norm])
 def test_whoever_changes_a_module_is_heard(change, model_of, calls):
     model, tokens = deepcopy(model_of("SDAR")), tokens_of(1, 8)
     before = model.hidden(tokens)
     calls.reset_mock()
-    change(model.model["layers"][1])
+    change(model.model["norm"] if change is _last_norm else model.model["layers"][1])
     assert torch.equal(model.hidden(tokens), by_modules(model, tokens))
     assert calls.call_count == 0
     assert not torch.allclose(model.hidden(tokens), before)
@@ -230,10 +235,10 @@ def test_what_is_outside_of_a_pool_is_an_error(name, value):
     keys = _decoder_layers.LayerKeys(**{**given, name: value})
     x, table = torch.randn(1, 4, CONFIG.d_model), torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"decoder_layers|lengths"):
-        _decoder_layers.decoder_layers(x, [_layer(model)], keys, 16, 1e-5, (table, table))
+        _decoder_layers.decoder_layers(x, [_layer(model)], NORM, keys, 16, 1e-5, (table, table))
     assert not pool.any()
     fine = _decoder_layers.LayerKeys(**given)
-    assert _decoder_layers.decoder_layers(x, [_layer(model)], fine, 16, 1e-5, (table, table)).isfinite().all()
+    assert _decoder_layers.decoder_layers(x, [_layer(model)], NORM, fine, 16, 1e-5, (table, table)).isfinite().all()
     assert pool.any()
 
 
@@ -246,6 +251,8 @@ def test_weights_that_do_not_fit_are_an_error():
     ]  # fmt: skip
     for one in wrong:
         with pytest.raises(ValueError, match=r"decoder_layers|kernel cannot view"):
-            _decoder_layers.decoder_layers(x, [layer, one], _decoder_layers.LayerKeys(), 16, 1e-5, (table, table))
+            _decoder_layers.decoder_layers(x, [layer, one], NORM, _decoder_layers.LayerKeys(), 16, 1e-5, (table, table))
+    with pytest.raises(ValueError, match="the last norm"):
+        _decoder_layers.decoder_layers(x, [layer], NORM[1:], _decoder_layers.LayerKeys(), 16, 1e-5, (table, table))
     with pytest.raises(ValueError, match="cos"):
-        _decoder_layers.decoder_layers(x, [layer], _decoder_layers.LayerKeys(), 16, 1e-5, (table[:3], table[:3]))
+        _decoder_layers.decoder_layers(x, [layer], NORM, _decoder_layers.LayerKeys(), 16, 1e-5, (table[:3], table[:3]))

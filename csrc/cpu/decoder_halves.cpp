@@ -89,4 +89,11 @@ void after_attention(const DecoderLayer& layer, const DecoderSizes& sizes, float
   }
 }
 
+void after_layers(const float* norm, const DecoderSizes& sizes, float eps, float* x, InstructionSet set) {
+  const auto norm_row = OF_INSTRUCTION_SET(set, norm_row);
+#pragma omp parallel for if (sizes.rows * sizes.hidden > kManyProducts)
+  for (std::int64_t r = 0; r < sizes.rows; ++r)
+    norm_row(norm_of(x + r * sizes.hidden, sizes.hidden, norm, true, eps), x + r * sizes.hidden);
+}
+
 }  // namespace diffusion_runtime

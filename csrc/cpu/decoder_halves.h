@@ -46,4 +46,7 @@ void before_attention(const DecoderLayer& layer, const DecoderSizes& sizes, floa
 void after_attention(const DecoderLayer& layer, const DecoderSizes& sizes, float eps, const float* mixed, float* x,
                      float* normed, float* gated, InstructionSet set);
 
+// x = norm(x), what follows the last layer.
+void after_layers(const float* norm, const DecoderSizes& sizes, float eps, float* x, InstructionSet set);
+
 }  // namespace diffusion_runtime

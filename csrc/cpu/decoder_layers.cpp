@@ -155,11 +155,12 @@ Pool pool_of(const MaybeTensor& pool, const MaybeTensor& places, const MaybeTens
 
 }  // namespace
 
-void decoder_layers_cpu(const TensorView& x, const std::vector<std::vector<MaybeTensor>>& layers, float eps,
-                        std::int64_t head_dim, const TensorView& cos, const TensorView& sin, const MaybeTensor& pool,
-                        const MaybeTensor& places, const MaybeTensor& prefix_lengths, const MaybeTensor& page_table,
-                        bool own_keys, const MaybeTensor& key_ends, const MaybeTensor& chosen, int left, int right,
-                        int block, int prefix_window, int offset, const std::string& instruction_set) {
+void decoder_layers_cpu(const TensorView& x, const std::vector<std::vector<MaybeTensor>>& layers,
+                        const TensorView& norm, float eps, std::int64_t head_dim, const TensorView& cos,
+                        const TensorView& sin, const MaybeTensor& pool, const MaybeTensor& places,
+                        const MaybeTensor& prefix_lengths, const MaybeTensor& page_table, bool own_keys,
+                        const MaybeTensor& key_ends, const MaybeTensor& chosen, int left, int right, int block,
+                        int prefix_window, int offset, const std::string& instruction_set) {
   const InstructionSet set = find_instruction_set(instruction_set);
   check(!layers.empty(), "decoder_layers: there are no layers");
   const DecoderSizes sizes = sizes_of(x, layers.front(), head_dim);
@@ -177,6 +178,7 @@ void decoder_layers_cpu(const TensorView& x, const std::vector<std::vector<Maybe
   const Pool kept = pool_of(pool, places, prefix_lengths, page_table, count, sizes, batch);
   std::vector<DecoderLayer> read_layers;
   for (const Layer& layer : layers) read_layers.push_back(layer_of(layer, sizes));
+  const float* const last_norm = read("the last norm", norm, {sizes.hidden});
   if (rows == 0) return;
 
   const std::int64_t each = 2 * (sizes.width() + sizes.kv_width()) + sizes.hidden + sizes.ffn + heads;
@@ -205,6 +207,7 @@ void decoder_layers_cpu(const TensorView& x, const std::vector<std::vector<Maybe
                   instruction_set);
     after_attention(layer, sizes, eps, mixed, states, normed, gated, set);
   }
+  after_layers(last_norm, sizes, eps, states, set);
 }
 
 }  // namespace diffusion_runtime

@@ -49,8 +49,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("cache_key"), py::arg("cache_value"), py::arg("cache_positions"), py::arg("normalized"), py::arg("eps"),
         py::arg("weight_offset"), py::arg("round_before_weight"), py::arg("style"), py::arg("query_out"),
         py::arg("key_out"), py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());
-  m.def("decoder_layers", &diffusion_runtime::decoder_layers_cpu, py::arg("x"), py::arg("layers"), py::arg("eps"),
-        py::arg("head_dim"), py::arg("cos"), py::arg("sin"), py::arg("pool"), py::arg("places"),
+  m.def("decoder_layers", &diffusion_runtime::decoder_layers_cpu, py::arg("x"), py::arg("layers"), py::arg("norm"),
+        py::arg("eps"), py::arg("head_dim"), py::arg("cos"), py::arg("sin"), py::arg("pool"), py::arg("places"),
         py::arg("prefix_lengths"), py::arg("page_table"), py::arg("own_keys"), py::arg("key_ends"), py::arg("chosen"),
         py::arg("left"), py::arg("right"), py::arg("block"), py::arg("prefix_window"), py::arg("offset"),
         py::arg("instruction_set"), py::call_guard<py::gil_scoped_release>());

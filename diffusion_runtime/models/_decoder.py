@@ -190,9 +190,10 @@ class Decoder(LanguageModel):
         x = parts[self.embedding](tokens)
         rotary = context.rotary(tokens, self.config.rotary_dim, self.config.rope_theta)
         of_layers = (layer.parts() if type(layer) is DecoderLayer else None for layer in parts["layers"])
-        found = in_one_call(x, of_layers, self.config.head_size, rotary, context)
-        if found is None:
-            for number, layer in enumerate(parts["layers"]):
-                x = layer(x, rotary, context, number)
-        out: Tensor = parts["norm"](x if found is None else found)
+        found = in_one_call(x, of_layers, parts["norm"], self.config.head_size, rotary, context)
+        if found is not None:
+            return found
+        for number, layer in enumerate(parts["layers"]):
+            x = layer(x, rotary, context, number)
+        out: Tensor = parts["norm"](x)
         return out

@@ -150,9 +150,11 @@ class LLaDA(LanguageModel):
         transformer: Any = self.model["transformer"]
         x = transformer["wte"](tokens)
         rotary = context.rotary(tokens, self.config.head_size, self.config.rope_theta)
-        found = in_one_call(x, (b.parts() for b in transformer["blocks"]), self.config.head_size, rotary, context)
-        if found is None:
-            for number, block in enumerate(transformer["blocks"]):
-                x = block(x, rotary, context, number)
-        out: Tensor = transformer["ln_f"](x if found is None else found)
+        of_blocks = (block.parts() for block in transformer["blocks"])
+        found = in_one_call(x, of_blocks, transformer["ln_f"], self.config.head_size, rotary, context)
+        if found is not None:
+            return found
+        for number, block in enumerate(transformer["blocks"]):
+            x = block(x, rotary, context, number)
+        out: Tensor = transformer["ln_f"](x)
         return out

@@ -34,16 +34,18 @@ class DecoderParts(NamedTuple):
 def in_one_call(
     x: Tensor,
     layers: Iterable[DecoderParts | None],
+    norm: nn.Module,
     head_dim: int,
     rotary: tuple[Tensor, Tensor],
     context: AttentionContext,
 ) -> Tensor | None:
-    """What the layers make of ``x``; or None, where they are to be called one by one: on a GPU,
-    in 16 bits, with gradients, or where a module has been replaced, hooked or given other arithmetic.
+    """What the layers and the norm behind them make of ``x``; or None, where they are to be called one by one: on a
+    GPU, in 16 bits, with gradients, or where a module has been replaced, hooked or given other arithmetic.
 
     Args:
         x: ``[batch, length, hidden]``.
         layers: the modules of each, None where a layer is built otherwise.
+        norm: of their result.
         head_dim: of each head.
         rotary, context: as :func:`diffusion_runtime.nn.self_attention` takes them.
     """
@@ -59,40 +61,41 @@ def in_one_call(
         if found is None:
             return None
         weights.append(found)
-    if len(eps) != 1 or not can_run(x, weights):
+    if type(norm) is not LlamaRMSNorm or not _is_untouched(norm) or eps != {norm.eps}:
         return None
-    return decoder_layers(x, weights, keys, head_dim, eps.pop(), rotary)
+    last = norm.weight
+    return decoder_layers(x, weights, last, keys, head_dim, norm.eps, rotary) if can_run(x, weights, last) else None
 
 
 def _weights_of(parts: DecoderParts, eps: set[float]) -> LayerWeights | None:
     """Of modules that are what they are named; what their norms add goes into ``eps``."""
-    norm, query, key, value, query_norm, key_norm, output, ffn_norm, gate, up, down, around = parts
-    products, norms = (query, key, value, output, gate, up, down), (norm, ffn_norm, query_norm, key_norm)
-    if not all(_is_untouched(module) for module in around):
+    if not all(map(_is_untouched, parts.around)):
         return None
-    if not all(type(module) is nn.Linear and _is_untouched(module) for module in products):
+    found: list[dict[str, Any]] = []  # read as attributes, weights take ten times as long, a dozen in each layer
+    for module, kind in zip(parts[:-1], _KINDS, strict=True):
+        if module is None:
+            found.append(_NOTHING)
+        elif type(module) is not kind or not _is_untouched(module):
+            return None
+        else:
+            found.append(module.__dict__["_parameters"])
+            if kind is LlamaRMSNorm:
+                eps.add(module.__dict__["eps"])
+    norm, query, key, value, query_norm, key_norm, output, ffn_norm, gate, up, down = found
+    if any(of["bias"] is not None for of in (output, gate, up, down)):
         return None
-    for module in norms:
-        if module is not None:
-            if type(module) is not LlamaRMSNorm or not _is_untouched(module):
-                return None
-            eps.add(module.eps)
-    if any(_of(module, "bias") is not None for module in products[3:]):
-        return None
-    of_heads = [None if module is None else _of(module, "weight") for module in (query_norm, key_norm)]
-    return LayerWeights._make([
-        _of(norm, "weight"), *[_of(module, "weight") for module in products[:3]],
-        *[_of(module, "bias") for module in products[:3]], *of_heads, _of(output, "weight"), _of(ffn_norm, "weight"),
-        *[_of(module, "weight") for module in products[4:]],
-    ])  # fmt: skip
-
-
-def _of(module: nn.Module, name: str) -> Any:
-    """A parameter; as an attribute it takes ten times as long, and there are a dozen in each layer of each forward."""
-    return module.__dict__["_parameters"][name]
+    return LayerWeights(
+        norm["weight"], query["weight"], key["weight"], value["weight"], query["bias"], key["bias"], value["bias"],
+        query_norm["weight"], key_norm["weight"], output["weight"], ffn_norm["weight"], gate["weight"], up["weight"],
+        down["weight"],
+    )  # fmt: skip
 
 
 def _is_untouched(module: nn.Module) -> bool:
     """Whether nothing happens in its call but its forward."""
     own = module.__dict__
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+_KINDS = (LlamaRMSNorm, *[nn.Linear] * 3, *[LlamaRMSNorm] * 2, nn.Linear, LlamaRMSNorm, *[nn.Linear] * 3)
+_NOTHING: dict[str, Any] = {"weight": None}

@@ -51,11 +51,11 @@ class LayerKeys(NamedTuple):
     own: bool = True  # whether the rows' own keys are seen
 
 
-def can_run(x: Tensor, layers: Sequence[LayerWeights]) -> bool:
+def can_run(x: Tensor, layers: Sequence[LayerWeights], norm: Tensor) -> bool:
     """Whether :func:`decoder_layers` takes these."""
     if not x.is_cpu or cpp_instruction_set() is None or torch.is_autocast_enabled("cpu"):
         return False
-    tensors = [x, *(w for layer in layers for w in layer if w is not None)]
+    tensors = [x, norm, *(w for layer in layers for w in layer if w is not None)]
     if torch_is_watching(*tensors):
         return False
     return all(w.dtype is torch.float32 and w.is_contiguous() and w.is_cpu for w in tensors)
@@ -64,19 +64,21 @@ def can_run(x: Tensor, layers: Sequence[LayerWeights]) -> bool:
 def decoder_layers(
     x: Tensor,
     layers: Sequence[LayerWeights],
+    norm: Tensor,
     keys: LayerKeys,
     head_dim: int,
     eps: float,
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
     """Of each layer: norm, projections, norms of heads where there are weights, rotation, attention and its output
-    projection, then the gated feed-forward network (SwiGLU) of the norm, both added to ``x``.
+    projection, then the gated feed-forward network (SwiGLU) of the norm, both added to ``x``. Behind the last, a norm.
 
     A row's result depends on that row and the keys it sees, not on the rows beside it, to the bit.
 
     Args:
         x: ``[batch, length, hidden]``.
         layers: one for each, of the same sizes.
+        norm: ``[hidden]``, the weight of the last norm.
         keys: what attention sees.
         head_dim: of each head.
         eps: of all norms.
@@ -99,7 +101,7 @@ def decoder_layers(
     kept, table = (None, None) if keys.kept is None else (keys.kept.to(torch.int32), keys.table)
     out = x.clone(memory_format=torch.contiguous_format)
     run_cpp(
-        out, layers, eps, head_dim, cos, sin, keys.pool, keys.places, kept, table, keys.own, ends, visible.chosen,
+        out, layers, norm, eps, head_dim, cos, sin, keys.pool, keys.places, kept, table, keys.own, ends, visible.chosen,
         *visible[:5], wanted,
     )  # fmt: skip
     return out

@@ -101,7 +101,7 @@ def decoders(c: Any, wanted: str) -> Iterator[Case]:
     angle = noise(rows, dim // 2)
     settings = (1e-6, dim, np.cos(angle), np.sin(angle), None, None, None, None, True, None, None)
     visible = (UNBOUNDED, UNBOUNDED, 1, UNBOUNDED, 0)
-    call = partial(c.decoder_layers, x[None].copy(), [layer], *settings, *visible, wanted)
+    call = partial(c.decoder_layers, x[None].copy(), [layer], noise(hidden), *settings, *visible, wanted)
     # the call of attention inside ends the one count and begins the other
     yield "decoder_layers, before attention", call
     yield "decoder_layers, attention and what follows", lambda: None

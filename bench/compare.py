@@ -20,7 +20,7 @@ def markdown(before: Record, after: Record) -> str:
     verdicts = [line for old, new in both for line in _verdicts(old, new)]
     of_both = [line for line in verdicts if line["was"] != NONE != line["is"]]
     changed = [line for line in verdicts if line["was"] != line["is"]]
-    differ = sum(line in of_both for line in changed)
+    differ = sum(line["was"] != line["is"] for line in of_both)
     parts = [
         f"{len(both)} comparisons are in both" + (f", {alone} in one only" if alone else ""),
         table(moved) if moved else "nothing moved by more than noise",

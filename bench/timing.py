@@ -15,7 +15,7 @@ import torch
 Call = Callable[[], object]
 MOST = 5  # times as many rounds of short calls
 NONE = "no verdict"
-NEAR = 0.1  # of two runs on a machine that others share, one ratio in five differs by more
+NEAR = 0.1  # of two runs on a machine that others share, one ratio in four differs by more
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def interleave(
     order = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for number in range(MOST * rounds + 1):
-        if number > rounds and time.perf_counter() - start > seconds:
+        if number > rounds and time.perf_counter() - start >= seconds:
             break
         order.shuffle(names)
         for name in names:

@@ -20,13 +20,14 @@ MEASURE = """
 import json, torch
 from bench.memory import peak_extra_mb
 from diffusion_runtime import Denoiser, memory
-from diffusion_runtime.models import LLaDA, LLaDAConfig, SDAR, SDARConfig, _decoder, llada
+from diffusion_runtime.models import LLaDA, LLaDAConfig, SDAR, SDARConfig
+from diffusion_runtime.nn import decoder_layers
 
 sizes = {"vocab_size": 20000, "mask_token_id": 19999}
 both = LLaDA(LLaDAConfig(d_model=256, n_layers=2, n_heads=4, mlp_hidden_size=768, **sizes)).eval()
 by_blocks = SDAR(SDARConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=768,
                             rope_theta=1e4, **sizes)).eval()
-one_call, found = _decoder.in_one_call, []
+one_call, found = decoder_layers.in_one_call, []
 for model, cache, guidance, batch, length in (
     (both, "none", False, 4, 1024), (both, "dual", False, 2, 2048), (both, "prefix", True, 2, 1024),
     (by_blocks, "block", False, 4, 1024),
@@ -34,7 +35,7 @@ for model, cache, guidance, batch, length in (
     plan = memory.plan(model, batch=batch, length=length, cache=cache, guidance=guidance)
     measured = []
     for size, run in ((70, one_call), (length, one_call), (length, lambda *_: None)):  # the first loads code
-        llada.in_one_call = _decoder.in_one_call = run
+        decoder_layers.in_one_call = run
         denoiser = Denoiser(model, steps_per_block=2, cache=cache, guidance_scale=float(guidance),
                             block_length=None if model is by_blocks else 8)
         prompt = torch.randint(0, 19999, (batch, size - 16))

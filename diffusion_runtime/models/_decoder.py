@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusion_runtime.models._config import BOOKKEEPING, ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
 from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, SwiGLU, self_attention
-from diffusion_runtime.nn.decoder_layers import DecoderParts, in_one_call
+from diffusion_runtime.nn.decoder_layers import DecoderParts, run_layers
 
 
 @dataclass(frozen=True)
@@ -189,11 +189,4 @@ class Decoder(LanguageModel):
         parts: Any = self.model
         x = parts[self.embedding](tokens)
         rotary = context.rotary(tokens, self.config.rotary_dim, self.config.rope_theta)
-        of_layers = (layer.parts() if type(layer) is DecoderLayer else None for layer in parts["layers"])
-        found = in_one_call(x, of_layers, parts["norm"], self.config.head_size, rotary, context)
-        if found is not None:
-            return found
-        for number, layer in enumerate(parts["layers"]):
-            x = layer(x, rotary, context, number)
-        out: Tensor = parts["norm"](x)
-        return out
+        return run_layers(x, parts["layers"], DecoderLayer, parts["norm"], self.config.head_size, rotary, context)

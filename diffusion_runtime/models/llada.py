@@ -16,7 +16,7 @@ from torch.nn import functional
 from diffusion_runtime.models._config import BOOKKEEPING, ModelConfig
 from diffusion_runtime.models._language_model import Head, KeyShape, LanguageModel
 from diffusion_runtime.nn import AttentionContext, LlamaRMSNorm, self_attention
-from diffusion_runtime.nn.decoder_layers import DecoderParts, in_one_call
+from diffusion_runtime.nn.decoder_layers import DecoderParts, run_layers
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,5 @@ class LLaDA(LanguageModel):
         transformer: Any = self.model["transformer"]
         x = transformer["wte"](tokens)
         rotary = context.rotary(tokens, self.config.head_size, self.config.rope_theta)
-        of_blocks = (block.parts() for block in transformer["blocks"])
-        found = in_one_call(x, of_blocks, transformer["ln_f"], self.config.head_size, rotary, context)
-        if found is not None:
-            return found
-        for number, block in enumerate(transformer["blocks"]):
-            x = block(x, rotary, context, number)
-        out: Tensor = transformer["ln_f"](x)
-        return out
+        blocks, norm = transformer["blocks"], transformer["ln_f"]
+        return run_layers(x, blocks, _Block, norm, self.config.head_size, rotary, context)

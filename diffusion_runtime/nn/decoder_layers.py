@@ -31,6 +31,33 @@ class DecoderParts(NamedTuple):
     around: tuple[nn.Module, ...]  # what calls these
 
 
+def run_layers(
+    x: Tensor,
+    layers: nn.ModuleList,
+    kind: type[Any],
+    norm: nn.Module,
+    head_dim: int,
+    rotary: tuple[Tensor, Tensor],
+    context: AttentionContext,
+) -> Tensor:
+    """``x`` through the layers and the norm behind them: in one call where nobody could tell, else one by one.
+
+    Args:
+        kind: the class whose ``parts()`` are all that its layers do; where one is of another, all are called.
+
+    The others are those of :func:`in_one_call`.
+    """
+    modules: list[Any] = list(layers)
+    parts = (module.parts() if type(module) is kind else None for module in modules)
+    found = in_one_call(x, parts, norm, head_dim, rotary, context)
+    if found is not None:
+        return found
+    for number, module in enumerate(modules):
+        x = module(x, rotary, context, number)
+    out: Tensor = norm(x)
+    return out
+
+
 def in_one_call(
     x: Tensor,
     layers: Iterable[DecoderParts | None],
